@@ -1,0 +1,1 @@
+"""Shared nouns: types, configuration, metrics, engine, checkpoints. Imports neither `model` nor `dataset`."""

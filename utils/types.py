@@ -1,0 +1,221 @@
+"""The typed carriers that cross module boundaries, and the one table of shape letters.
+
+Shape letters, used in every docstring of the project:
+
+    B  batch (clips with one reference each)     G  group (answers sampled per clip)
+    T  video frames                              N  patches per frame
+    M  media tokens (video, then audio)          L  text tokens
+    S  spliced length: text + media, padded      D  width of the language model
+    V  vocabulary                                C  width of a SAM prompt (256; 64 at mini size)
+    H, W  pixels of a frame at its native size   h, w  SAM's image-embedding grid
+    F  fbank frames (10 ms each)                 K  mel bins
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""Label of a position that takes no part in the cross entropy (the convention of torch and transformers)."""
+
+VIDEO_PLACEHOLDER = -201
+"""Stands in a prompt's ids where [video tokens, audio tokens] are spliced in; never reaches the embedding."""
+
+AUDIO_PLACEHOLDER = -202
+"""Stands for audio tokens alone (a prompt about sound without frames)."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One metadata row with its media decoded and preprocessed (made in a worker process by `dataset.clips`)."""
+
+    row: int
+    """Row number in metadata.csv (0-based, header excluded): the key of every result."""
+    uid: str
+    clip: str
+    """Folder of the clip under media/ and gt_mask/: `uid.rsplit('_', 2)[0]`."""
+    split: str
+    class_name: str
+    reference: str
+    """The referring expression, stripped of outer spaces."""
+    kind: str
+    """Question kind (mini world), or "" where the data does not tell it."""
+    pixel_values: Tensor
+    """float32 [T,3,P,P]: frames for the vision tower, in [-1, 1]."""
+    sam_pixels: Tensor
+    """float32 [T,3,Z,Z]: frames for SAM: long side Z, normalised, zero-padded at the bottom and right."""
+    sam_size: tuple[int, int]
+    """(height, width) inside `sam_pixels` before padding."""
+    fbank: Tensor
+    """float32 [F,K]: raw log-mel energies (mean and std are applied inside the audio tower)."""
+    masks: Tensor
+    """bool [T,H,W]: ground truth at native size; all False for a null row."""
+    prompt_ids: Tensor
+    """int64 [L]: chat prompt up to and including the assistant header, with VIDEO_PLACEHOLDER."""
+    answer_ids: Tensor
+    """int64 [L]: the target answer with its <|im_end|>; empty at evaluation."""
+    teacher_ids: Tensor
+    """int64 [L]: the answer that the distillation teacher reads; empty where no teacher is used."""
+    video_key: str
+    """Names the frames (the clip's id, or another clip's under a probe): features of frozen towers are cached by it."""
+    audio_key: str
+    """Names the sound likewise."""
+    frames: np.ndarray | None = None
+    """uint8 [T,H,W,3] RGB at native size, kept only where pictures are asked for."""
+    truth: dict | None = None
+    """What the mini world knows of the row's true chain; None for real data."""
+
+
+@dataclass
+class Batch:
+    """B samples collated. Tensors share the order of `samples`; ragged fields stay lists."""
+
+    samples: list[Sample]
+    pixel_values: Tensor
+    """float32 [B,T,3,P,P]"""
+    sam_pixels: Tensor
+    """float32 [B,T,3,Z,Z]"""
+    fbank: Tensor
+    """float32 [B,F,K]"""
+    masks: list[Tensor]
+    """B x bool [T,H,W]"""
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def rows(self) -> list[int]:
+        return [s.row for s in self.samples]
+
+    @property
+    def class_names(self) -> list[str]:
+        return [s.class_name for s in self.samples]
+
+    @property
+    def prompts(self) -> list[Tensor]:
+        return [s.prompt_ids for s in self.samples]
+
+    @property
+    def answers(self) -> list[Tensor]:
+        return [s.answer_ids for s in self.samples]
+
+    @property
+    def sam_sizes(self) -> list[tuple[int, int]]:
+        return [s.sam_size for s in self.samples]
+
+    @property
+    def mask_sizes(self) -> list[tuple[int, int]]:
+        return [tuple(m.shape[-2:]) for m in self.masks]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
+        """Move the tensors; `dtype` applies to pixels only (the fbank stays float32 until it is normalised)."""
+        return replace(
+            self,
+            pixel_values=self.pixel_values.to(device, dtype, non_blocking=True),
+            sam_pixels=self.sam_pixels.to(device, dtype, non_blocking=True),
+            fbank=self.fbank.to(device, non_blocking=True),
+            masks=[m.to(device, non_blocking=True) for m in self.masks],
+        )
+
+
+@dataclass
+class MediaFeatures:
+    """What the towers say of B clips; computed once per clip, shared by all answers about it."""
+
+    video: Tensor | None
+    """[B,Mv,D] video tokens, or None for sound alone."""
+    audio: Tensor | None
+    """[B,Ma,D] audio tokens, or None for frames alone."""
+    image_embeddings: Tensor | None = None
+    """[B,T,C,h,w] SAM image embeddings, or None where no mask is wanted."""
+
+    def repeat(self, group: int) -> MediaFeatures:
+        """Each clip `group` times in a row: [B*group, ...]."""
+        again = {f.name: None if (x := getattr(self, f.name)) is None else x.repeat_interleave(group, 0) for f in fields(self)}
+        return MediaFeatures(**again)
+
+
+@dataclass
+class PackedInputs:
+    """Text and media positions of a whole batch, aligned. Made by `model.videollama2.splice`; holds no features."""
+
+    token_ids: Tensor
+    """int64 [B,S]: text ids; 0 at media and padding positions."""
+    media_index: Tensor
+    """int64 [B,S]: index into the row's media tokens (video first, then audio), -1 at text and padding."""
+    labels: Tensor
+    """int64 [B,S]: IGNORE except at answer tokens. labels[b, s] is the token AT s (shift when scoring)."""
+    attention_mask: Tensor
+    """bool [B,S]: False at padding (right padding)."""
+    seg_positions: Tensor
+    """int64 [B]: position of the last [SEG] of the answer in the spliced sequence, -1 without one."""
+
+    @property
+    def has_seg(self) -> Tensor:
+        """bool [B]: whether the answer asks for a mask."""
+        return self.seg_positions >= 0
+
+    def to(self, device: torch.device | str) -> PackedInputs:
+        return PackedInputs(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+
+@dataclass
+class AuroraOutput:
+    """What one forward of the joint model gives. Fields not asked for are None."""
+
+    hidden: Tensor
+    """[B,S,D] final-norm hidden states."""
+    answer_logits: Tensor | None
+    """[A,V] logits that predict the A labelled tokens of the batch, in row-major order of `labels`."""
+    answer_labels: Tensor | None
+    """int64 [A]"""
+    seg_features: Tensor
+    """[B,C] projected hidden state AT [SEG] (f_s of eq. 2); zeros where `has_seg` is False."""
+    has_seg: Tensor
+    """bool [B]"""
+    mask_logits: Tensor | None
+    """[B,T,h4,w4] SAM's low-resolution mask logits (4 x the embedding grid, still padded); None if not decoded."""
+
+
+@dataclass
+class StepLoss:
+    """A differentiable total and the detached scalars to log, under the paper's names."""
+
+    total: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Generation:
+    """One sampled or greedy answer per prompt."""
+
+    token_ids: list[Tensor]
+    """Answer ids, <|im_end|> included if it was reached."""
+    texts: list[str]
+    """Decoded answers without <|im_end|>."""
+    seg_hidden: Tensor
+    """[B,D] final-norm hidden state at the last [SEG], captured as it was produced; zeros without one."""
+    has_seg: Tensor
+    """bool [B]"""
+    truncated: Tensor
+    """bool [B]: stopped by the length limit before <|im_end|>."""
+    log_probs: list[Tensor] | None = None
+    """Per answer [L] float32 log-probabilities of the drawn tokens under the sampling distribution."""
+
+
+@dataclass
+class Prediction:
+    """The model's answer about one clip and reference."""
+
+    row: int
+    text: str
+    """The whole answer."""
+    class_name: str | None
+    """X of "the target is X", or None if it cannot be parsed."""
+    mask_logits: Tensor
+    """float32 [T,H,W] at native size; a failed generation (no [SEG]) holds a large negative constant."""
+    has_seg: bool
