@@ -1,0 +1,304 @@
+"""SAM as AURORA uses it: frames are encoded once, and one prompt a clip is decoded for all of its frames.
+
+The classes and the weights are those of the `segment_anything` package, which is never edited. This adapter adds what
+the package leaves to its caller:
+
+* any image size: every grid and table follows from `image_size`, and a checkpoint made at another size (1024) has its
+  position tables resampled. The published code works at 224 with the same bicubic resampling, but writes 224 and 14
+  into the package (published code segment_anything/modeling/image_encoder.py:56, prompt_encoder.py:183 and 218);
+* a strict load: each missing, unexpected or misshapen key is named (published code build_sam.py:155 loads loosely);
+* one decoder call for B clips of T frames. `MaskDecoder.predict_masks` repeats every image for every prompt (B*T
+  images x B prompts), so `Segmenter.decode` feeds the same transformer and upscaling modules without that repeat.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+"""Mean of R, G, B in 0..255 that the frames were normalised by (segment_anything/build_sam.py:99)."""
+
+PIXEL_STD = (58.395, 57.12, 57.375)
+"""Standard deviation likewise (segment_anything/build_sam.py:100)."""
+
+ATTENTION_VALUES = 2**30
+"""Attention values that `Segmenter.encode` holds at once: 2 GiB in bfloat16, 4 frames of ViT-H at 1024 pixels."""
+
+
+@dataclass(frozen=True)
+class SamSizes:
+    """Sizes of a SAM. Fields with a default are shared by ViT-H, ViT-L and ViT-B (segment_anything/build_sam.py)."""
+
+    encoder_width: int
+    encoder_depth: int
+    encoder_heads: int
+    global_blocks: tuple[int, ...]
+    """Encoder blocks with global attention; all others attend within windows."""
+    patch_size: int = 16
+    window_size: int = 14
+    mlp_ratio: float = 4.0
+    prompt_width: int = 256
+    """C: width of a prompt, of the image embedding and of the mask decoder."""
+    decoder_depth: int = 2
+    decoder_heads: int = 8
+    decoder_mlp: int = 2048
+    iou_head_depth: int = 3
+    iou_head_width: int = 256
+    mask_channels: int = 16
+    """Hidden channels of the mask-prompt encoder (stored in every checkpoint, not used here)."""
+    multimask_outputs: int = 3
+    """Extra mask tokens (stored in every checkpoint); the single-mask token is the one decoded."""
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> SamSizes:
+        """Read the sizes of a small SAM; unknown and missing fields are a ValueError that names them."""
+        path = Path(path)
+        values = json.loads(path.read_text())
+        known = {f.name for f in fields(cls)}
+        required = {f.name for f in fields(cls) if f.default is MISSING}
+        unknown, missing = sorted(set(values) - known), sorted(required - set(values))
+        if unknown or missing:
+            raise ValueError(f"{path}: unknown fields {unknown}, missing fields {missing}; known are {sorted(known)}")
+        return cls(**{**values, "global_blocks": tuple(values["global_blocks"])})
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the sizes as `from_json` reads them."""
+        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+SAM_SIZES = {
+    "vit_h": SamSizes(1280, 32, 16, (7, 15, 23, 31)),
+    "vit_l": SamSizes(1024, 24, 16, (5, 11, 17, 23)),
+    "vit_b": SamSizes(768, 12, 12, (2, 5, 8, 11)),
+}
+"""The released sizes (segment_anything/build_sam.py:14-45)."""
+
+
+class Segmenter(nn.Module):
+    """A frozen image encoder and a promptable mask decoder, batched over clips and frames."""
+
+    dense_pe: Tensor
+
+    def __init__(self, sam: Sam, sizes: SamSizes):
+        super().__init__()
+        self.sam = sam
+        self.sizes = sizes
+        # The package recomputes the positional encoding in float32 against a matrix that `.to(bfloat16)` has rounded,
+        # and then fails on the mixed types. Computed once, in float32, only its result is ever rounded.
+        self.register_buffer("dense_pe", sam.prompt_encoder.get_dense_pe(), persistent=False)
+        self.register_load_state_dict_post_hook(_refresh_dense_pe)
+
+    @property
+    def image_size(self) -> int:
+        """Z: side of the padded square input, in pixels."""
+        return self.sam.image_encoder.img_size
+
+    @property
+    def prompt_width(self) -> int:
+        """C: width of a prompt."""
+        return self.sizes.prompt_width
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.sam.mask_decoder.iou_token.weight.dtype
+
+    @property
+    def frames_per_chunk(self) -> int:
+        """Frames encoded at once, so that the global attention of one block stays within ATTENTION_VALUES."""
+        grid = self.image_size // self.sizes.patch_size
+        return max(1, ATTENTION_VALUES // (self.sizes.encoder_heads * grid**4))
+
+    @torch.no_grad()
+    def encode(self, sam_pixels: Tensor) -> Tensor:
+        """Embed normalised, padded frames [B,T,3,Z,Z] as [B,T,C,h,w], without gradient: the encoder is never trained.
+
+        Raises:
+            ValueError: the frames are not squares of `image_size` pixels.
+        """
+        if sam_pixels.dim() != 5 or sam_pixels.shape[-2:] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"sam_pixels has shape {tuple(sam_pixels.shape)}; this SAM reads [B, T, 3, {self.image_size}, "
+                f"{self.image_size}]: preprocess with the image size that model.sam_image_size gives"
+            )
+        frames = sam_pixels.flatten(0, 1).to(self.dtype)
+        chunks = [self.sam.image_encoder(chunk) for chunk in frames.split(self.frames_per_chunk)]
+        return torch.cat(chunks).unflatten(0, sam_pixels.shape[:2])
+
+    def decode(self, image_embeddings: Tensor, prompts: Tensor) -> Tensor:
+        """Decode one prompt a clip on each of its frames: [B,T,C,h,w], [B,C] -> low-resolution logits [B,T,4h,4w].
+
+        One pass of the decoder for all B*T frames, with the package's own modules; equal to calling
+        `sam.mask_decoder(frame, dense_pe, prompt, no_mask, multimask_output=False)` for one frame after another
+        (paper section 3.1: the [SEG] feature is the visual prompt; published code LISA_sft_distill.py:353-378).
+        """
+        clips, frames = image_embeddings.shape[:2]
+        if prompts.shape != (clips, self.prompt_width):
+            raise ValueError(f"prompts has shape {tuple(prompts.shape)}, expected {(clips, self.prompt_width)}")
+        decoder = self.sam.mask_decoder
+        images = image_embeddings.flatten(0, 1).to(self.dtype)
+        prompt_tokens = prompts.to(self.dtype).repeat_interleave(frames, 0)[:, None]  # [B*T,1,C]
+        output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+        tokens = torch.cat([output_tokens.expand(len(images), -1, -1), prompt_tokens], dim=1)
+        no_mask = self.sam.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+        positions = self.dense_pe.to(self.dtype).expand(len(images), -1, -1, -1)
+
+        token_states, image_states = decoder.transformer(images + no_mask, positions, tokens)
+        upscaled = decoder.output_upscaling(image_states.transpose(1, 2).unflatten(2, images.shape[-2:]))
+        mask_token = token_states[:, 1]  # index 0 is the IoU token; 1 is the mask token of multimask_output=False
+        weights = decoder.output_hypernetworks_mlps[0](mask_token)  # [B*T,C/8]
+        return torch.einsum("nc,nchw->nhw", weights, upscaled).unflatten(0, (clips, frames))
+
+    def upscale(self, logits: Tensor, sam_size: tuple[int, int], out_size: tuple[int, int]) -> Tensor:
+        """Low-resolution logits [T,4h,4w] of one clip -> float32 logits [T,*out_size], bilinear.
+
+        As `Sam.postprocess_masks`: up to the padded square, cut to `sam_size` (height, width inside the square), then
+        to `out_size` (height, width), in float32 whatever the decoder's type.
+        """
+        square = F.interpolate(logits[:, None].float(), (self.image_size,) * 2, mode="bilinear", align_corners=False)
+        inside = square[..., : sam_size[0], : sam_size[1]]
+        return F.interpolate(inside, tuple(out_size), mode="bilinear", align_corners=False)[:, 0]
+
+
+def build_segmenter(sam_type: str, image_size: int, checkpoint: str | Path | None = None) -> Segmenter:
+    """Build SAM and load its weights.
+
+    Args:
+        sam_type: vit_h, vit_l, vit_b, or the path of a JSON with the fields of `SamSizes`.
+        image_size: Z, side of the square input in pixels (1024 as released, 224 in the published AURORA code).
+        checkpoint: .pth or .safetensors with the released key names, at this or another image size; None = random.
+
+    Raises:
+        ValueError: an unknown type, or an image size that is no multiple of the patch.
+        RuntimeError: the checkpoint does not fit.
+    """
+    if sam_type not in SAM_SIZES and not Path(sam_type).is_file():
+        raise ValueError(f"sam_type is {sam_type!r}; give one of {sorted(SAM_SIZES)} or an existing JSON of sizes")
+    sizes = SAM_SIZES.get(sam_type) or SamSizes.from_json(sam_type)
+    if image_size <= 0 or image_size % sizes.patch_size:
+        raise ValueError(f"sam_image_size is {image_size}; it must be a multiple of the patch, {sizes.patch_size}")
+    segmenter = Segmenter(assemble_sam(sizes, image_size), sizes)
+    if checkpoint is not None:
+        load_sam_weights(segmenter, checkpoint)
+    return segmenter.eval()
+
+
+def load_sam_weights(segmenter: Segmenter, checkpoint: str | Path) -> None:
+    """Load released SAM weights strictly, resampling the position tables where the image size differs.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or neither .pth nor .safetensors.
+        RuntimeError: missing, unexpected or misshapen keys, all of them named.
+    """
+    path = Path(checkpoint)
+    if not path.is_file():
+        raise FileNotFoundError(f"SAM checkpoint {path} does not exist (model.sam_checkpoint)")
+    if path.suffix == ".safetensors":
+        state = load_file(path)
+    elif path.suffix == ".pth":
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    else:
+        raise ValueError(f"SAM checkpoint {path} must end in .pth or .safetensors")
+    expected = segmenter.sam.state_dict()
+    state = resample_position_tables(state, expected, segmenter.sizes.global_blocks)
+    problems = [f"missing {key}" for key in expected if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in expected]
+    problems += [
+        f"{key} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    if problems:
+        listed = "\n  ".join(problems)
+        raise RuntimeError(f"{path} does not fit this SAM (check model.sam_type):\n  {listed}")
+    segmenter.sam.load_state_dict(state)
+    _refresh_dense_pe(segmenter)
+
+
+def resample_position_tables(
+    state: dict[str, Tensor], expected: dict[str, Tensor], global_blocks: tuple[int, ...]
+) -> dict[str, Tensor]:
+    """Bicubic resampling of a checkpoint's position tables to another image size, as in the published code.
+
+    `pos_embed` [1,h,w,D] and the `rel_pos_h/w` [2h-1, D/heads] of the global blocks depend on the grid; the tables of
+    windowed blocks depend on the window and are left as they are.
+    """
+    resampled = dict(state)
+    key = "image_encoder.pos_embed"
+    if key in state and key in expected and state[key].shape != expected[key].shape:
+        resampled[key] = resample_grid(state[key], expected[key].shape[1:3])
+    for block in global_blocks:
+        for axis in "hw":
+            key = f"image_encoder.blocks.{block}.attn.rel_pos_{axis}"
+            if key in state and key in expected and state[key].shape != expected[key].shape:
+                resampled[key] = resample_relative(state[key], expected[key].shape[0])
+    return resampled
+
+
+def resample_grid(table: Tensor, size: tuple[int, int]) -> Tensor:
+    """Absolute positions [1,h,w,D] on a grid of another size, bicubic."""
+    channels_first = table.permute(0, 3, 1, 2).float()
+    moved = F.interpolate(channels_first, tuple(size), mode="bicubic", align_corners=False)
+    return moved.permute(0, 2, 3, 1).contiguous().to(table.dtype)
+
+
+def resample_relative(table: Tensor, length: int) -> Tensor:
+    """Relative positions [L,D] at another length: the table is treated as an image, D unchanged, bicubic."""
+    image = table[None, None].float()
+    return F.interpolate(image, (length, table.shape[1]), mode="bicubic", align_corners=False)[0, 0].to(table.dtype)
+
+
+def assemble_sam(sizes: SamSizes, image_size: int) -> Sam:
+    """The package's classes, wired as `segment_anything/build_sam.py:_build_sam` but with all sizes given."""
+    grid = image_size // sizes.patch_size
+    return Sam(
+        image_encoder=ImageEncoderViT(
+            img_size=image_size,
+            patch_size=sizes.patch_size,
+            embed_dim=sizes.encoder_width,
+            depth=sizes.encoder_depth,
+            num_heads=sizes.encoder_heads,
+            mlp_ratio=sizes.mlp_ratio,
+            out_chans=sizes.prompt_width,
+            qkv_bias=True,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            use_rel_pos=True,
+            window_size=sizes.window_size,
+            global_attn_indexes=sizes.global_blocks,
+        ),
+        prompt_encoder=PromptEncoder(
+            embed_dim=sizes.prompt_width,
+            image_embedding_size=(grid, grid),
+            input_image_size=(image_size, image_size),
+            mask_in_chans=sizes.mask_channels,
+        ),
+        mask_decoder=MaskDecoder(
+            transformer_dim=sizes.prompt_width,
+            transformer=TwoWayTransformer(
+                depth=sizes.decoder_depth,
+                embedding_dim=sizes.prompt_width,
+                num_heads=sizes.decoder_heads,
+                mlp_dim=sizes.decoder_mlp,
+            ),
+            num_multimask_outputs=sizes.multimask_outputs,
+            iou_head_depth=sizes.iou_head_depth,
+            iou_head_hidden_dim=sizes.iou_head_width,
+        ),
+        pixel_mean=list(PIXEL_MEAN),
+        pixel_std=list(PIXEL_STD),
+    )
+
+
+def _refresh_dense_pe(segmenter: Segmenter, incompatible_keys: object = None) -> None:
+    """Recompute the positional encoding after the random matrix behind it was loaded."""
+    matrix = segmenter.sam.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
+    if matrix.dtype == torch.float32 and not matrix.is_meta:
+        segmenter.dense_pe.copy_(segmenter.sam.prompt_encoder.get_dense_pe())
