@@ -74,7 +74,7 @@ class VideoLlama2(nn.Module):
                 in both tensors (its content is not read).
 
         Returns:
-            [B,S,D] embeddings, differentiable through words and media; padding is zero, as in the published merge.
+            [B,S,D] embeddings, differentiable through words and media; padding is zero.
 
         Raises:
             ValueError: if the rows differ in number, or a position asks for a media token that is not there.
