@@ -1,0 +1,121 @@
+"""Files of an evaluation: each rank appends finished rows to its own part file, rank 0 merges them at the end.
+
+    <folder>/parts-<identity>/rank<k>.jsonl   one line per row, fsynced; a truncated last line is dropped when read
+    <folder>/predictions.jsonl, metrics.json  written under a temporary name and renamed
+
+`identity` is a hash of all that a prediction depends on (weights, data, probe, code), so nothing stale is ever reused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco
+
+from utils.errors import DataError
+
+
+def identity_of(facts: dict[str, Any]) -> str:
+    """Twelve hex digits that name everything a prediction depends on (plain JSON values)."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """sha256 over names and contents of files, in order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(paths, key=lambda p: p.name):
+        digest.update(path.name.encode() + b"\0")
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all (temporary name in the same folder, fsync, rename)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of indented JSON; refuses NaN and infinity (ValueError)."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """`write_text` of one JSON object per line."""
+    write_text(path, "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records))
+
+
+class PartWriter:
+    """Appends rows to one rank's part file; a batch is on disk when `append` returns."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"rank{rank}.jsonl"
+        self._file = open(path, "ab")
+        complete = path.read_bytes().rfind(b"\n") + 1
+        self._file.truncate(complete)
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def append(self, records: Iterable[dict[str, Any]]) -> None:
+        """One line per record, then fsync."""
+        self._file.write(b"".join(json.dumps(record).encode() + b"\n" for record in records))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def read_parts(folder: Path) -> dict[int, dict[str, Any]]:
+    """Rows of all part files, by row number. Rows that stand twice (a batch that was repeated) are equal; one is kept.
+
+    Raises:
+        DataError: for a line other than a file's last that is not JSON.
+    """
+    found: dict[int, dict[str, Any]] = {}
+    for path in sorted(folder.glob("rank*.jsonl")):
+        lines = path.read_bytes().split(b"\n")[:-1]
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path}:{number}: not JSON ({error}); delete the file and run again") from error
+            found[record["row"]] = record
+    return found
+
+
+def drop_other_parts(folder: Path, identity: str) -> None:
+    """Remove the parts of runs with other weights, data or settings."""
+    for path in folder.glob("parts-*"):
+        if path.name != f"parts-{identity}":
+            shutil.rmtree(path)
+
+
+def encode_masks(masks: np.ndarray) -> list[dict[str, Any]]:
+    """bool [T,H,W] -> one COCO RLE per frame ({"size": [H, W], "counts": text})."""
+    encoded = coco.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8)))
+    return [{"size": list(map(int, rle["size"])), "counts": rle["counts"].decode("ascii")} for rle in encoded]
+
+
+def decode_masks(rles: Iterable[dict[str, Any]]) -> np.ndarray:
+    """Inverse of `encode_masks`: bool [T,H,W]."""
+    return coco.decode(list(rles)).transpose(2, 0, 1).astype(bool)

@@ -1,0 +1,190 @@
+"""Predictions, keyed by metadata row -> scores of a split, of its question kinds and of its classes.
+
+Every row is reduced where it was predicted to integers (protocols that pool rows) or to final values (protocols that do
+not). Pooling happens afterwards in row order, so scores do not depend, to the bit, on how rows were spread over ranks.
+All scores that leave this module are in percent, shares included; every score stands beside its number of rows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from utils.metrics import Counts, Scores, count_frames, score_counts
+from utils.metrics_protocols import fit_logits, fit_masks, get_protocol
+from utils.types import Prediction, Sample
+
+Faithful = Callable[[str, dict, str], bool]
+"""(answer, true facts of the row, reference) -> whether every step of the reasoning is right."""
+
+NULL_CLASS = "null"
+"""Class name in the uid of a row whose reference matches nothing (Ref-AVS metadata.csv)."""
+
+EMPTY_LOGIT = -1e4
+"""Logit of every pixel of an answer that asked for no mask."""
+
+ROW_PROTOCOL = "per_expression"
+"""The protocol under which a single row has a score of its own; always computed."""
+
+_FORMAT = re.compile(r"(?:^|\s)It is (?:[a-z][a-z -]* )?\[SEG\]\.$")
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """What scoring keeps of one predicted row."""
+
+    row: int
+    uid: str
+    split: str
+    reference: str
+    kind: str
+    class_name: str
+    """True class, from the uid."""
+    text: str
+    """The whole answer."""
+    answer_class: str | None
+    """Class named by the answer."""
+    has_seg: bool
+    faithful: bool | None
+    """Whether the reasoning is right; None where the true chain is unknown."""
+    pieces: dict[str, Scores | Counts]
+    """Protocol -> values of this row alone (one row per batch) or its counts, to be pooled with its neighbours'."""
+
+    @property
+    def well_formed(self) -> bool:
+        """Whether the answer ends in "It is [SEG]." or "It is {class} [SEG]." (paper 3.3, format reward)."""
+        return _FORMAT.search(self.text) is not None
+
+    @property
+    def row_scores(self) -> Scores:
+        """J, F, S of this row alone at native size."""
+        scores = self.pieces[ROW_PROTOCOL]
+        assert isinstance(scores, Scores)
+        return scores
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; floats survive JSON to the bit."""
+        pieces = {k: p.pack() if isinstance(p, Counts) else [p.j, p.f, p.s] for k, p in self.pieces.items()}
+        return {**{name: getattr(self, name) for name in _PLAIN}, "pieces": pieces}
+
+    @staticmethod
+    def from_json(record: dict[str, Any]) -> RowResult:
+        """Inverse of `to_json`; further keys are ignored."""
+        pieces = {k: Counts.unpack(p) if isinstance(p, str) else Scores(*p) for k, p in record["pieces"].items()}
+        return RowResult(**{name: record[name] for name in _PLAIN}, pieces=pieces)
+
+
+_PLAIN = ("row", "uid", "split", "reference", "kind", "class_name", "text", "answer_class", "has_seg", "faithful")
+
+
+def score_row(
+    sample: Sample, prediction: Prediction, protocols: Iterable[str], faithful: Faithful | None = None
+) -> RowResult:
+    """Reduce one prediction to what its scores need.
+
+    Args:
+        sample: with `masks` bool [T,H,W] at native size; `truth` where the true chain is known.
+        prediction: `mask_logits` float [T,H,W]. An answer without [SEG] is scored as an empty mask.
+        protocols: names; `ROW_PROTOCOL` is added.
+        faithful: judges the reasoning of rows whose `truth` is known.
+
+    Raises:
+        ValueError: for a prediction of another row, or masks that cannot be scored; the row and uid are named.
+    """
+    if prediction.row != sample.row:
+        raise ValueError(f"prediction of row {prediction.row} was paired with row {sample.row} ({sample.uid})")
+    logits = prediction.mask_logits
+    logits = logits if prediction.has_seg else torch.full_like(logits, EMPTY_LOGIT)
+    pieces: dict[str, Scores | Counts] = {}
+    for name in dict.fromkeys((*protocols, ROW_PROTOCOL)):
+        try:
+            counts = count_frames(fit_logits(logits, name), fit_masks(sample.masks, name), name)
+        except ValueError as error:
+            raise ValueError(f"row {sample.row} ({sample.uid}) cannot be scored: {error}") from error
+        pieces[name] = score_counts(counts, name) if get_protocol(name).rows_per_batch == 1 else counts
+    known = faithful is not None and sample.truth is not None
+    return RowResult(
+        row=sample.row,
+        uid=sample.uid,
+        split=sample.split,
+        reference=sample.reference,
+        kind=sample.kind,
+        class_name=sample.class_name,
+        text=prediction.text,
+        answer_class=prediction.class_name,
+        has_seg=prediction.has_seg,
+        faithful=faithful(prediction.text, sample.truth, sample.reference) if known else None,
+        pieces=pieces,
+    )
+
+
+def score_split(results: Iterable[RowResult], protocols: Sequence[str]) -> dict[str, Any]:
+    """All scores of one split, its question kinds and its classes.
+
+    Args:
+        results: of the whole split in any order.
+        protocols: names; each was given to `score_row`.
+
+    Returns:
+        `n`, `failed` (rows whose answer asked for no mask), `class_accuracy`, `format_share`, `faithful` with
+        `faithful_n`, one entry per protocol, and the same under `kinds` and `classes` for each of these groups.
+        A protocol's entry holds `J`, `F`, `J&F`, or only `S` where all rows are null, and `n`.
+
+    Raises:
+        ValueError: for no rows, or two results of one row.
+    """
+    ordered = sorted(results, key=lambda result: result.row)
+    rows = [result.row for result in ordered]
+    if not rows:
+        raise ValueError("a split without predictions has no score")
+    if len(set(rows)) != len(rows):
+        doubled = sorted({row for row in rows if rows.count(row) > 1})
+        raise ValueError(f"rows {doubled[:5]} were predicted twice; results are keyed by metadata row")
+    return {
+        **_group(ordered, protocols),
+        "failed": [result.row for result in ordered if not result.has_seg],
+        "kinds": {name: _group(group, protocols) for name, group in _split_by(ordered, "kind").items() if name},
+        "classes": {name: _group(group, protocols) for name, group in _split_by(ordered, "class_name").items()},
+    }
+
+
+def pooled_scores(results: Sequence[RowResult], protocol: str) -> dict[str, float | int]:
+    """J, F, J&F (or S of null rows) in percent of rows in the given order, batched as `protocol` says."""
+    size = get_protocol(protocol).rows_per_batch
+    if size == 1:
+        batches = [result.pieces[protocol] for result in results]
+    else:
+        groups = [results[i : i + size] for i in range(0, len(results), size)]
+        batches = [score_counts(Counts.concatenate([r.pieces[protocol] for r in group]), protocol) for group in groups]
+    if all(result.class_name == NULL_CLASS for result in results):
+        return {"S": _percent([b.s for b in batches]), "n": len(results)}
+    j, f = _percent([b.j for b in batches]), _percent([b.f for b in batches])
+    return {"J": j, "F": f, "J&F": (j + f) / 2, "n": len(results)}
+
+
+def _group(results: Sequence[RowResult], protocols: Sequence[str]) -> dict[str, Any]:
+    judged = [result.faithful for result in results if result.faithful is not None]
+    return {
+        "n": len(results),
+        "class_accuracy": _percent([result.answer_class == result.class_name for result in results]),
+        "format_share": _percent([result.well_formed for result in results]),
+        "faithful": _percent(judged) if judged else None,
+        "faithful_n": len(judged),
+        **{protocol: pooled_scores(results, protocol) for protocol in protocols},
+    }
+
+
+def _split_by(results: Sequence[RowResult], field: str) -> dict[str, list[RowResult]]:
+    groups: dict[str, list[RowResult]] = {}
+    for result in results:
+        groups.setdefault(getattr(result, field), []).append(result)
+    return dict(sorted(groups.items()))
+
+
+def _percent(values: Sequence[float | bool]) -> float:
+    return 100 * float(np.mean(np.asarray(values, np.float64)))
