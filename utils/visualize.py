@@ -1,0 +1,97 @@
+"""Masks drawn over frames, compact strips of a whole clip, and their JPEG and PNG files."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+Colour = tuple[int, int, int]
+
+PREDICTION: Colour = (255, 96, 32)
+"""RGB of predicted masks."""
+TRUTH: Colour = (32, 200, 96)
+"""RGB of ground truth."""
+
+_GAP = 3
+
+
+def overlay(frame: np.ndarray, mask: np.ndarray, colour: Colour, alpha: float = 0.45) -> np.ndarray:
+    """Tint the mask's pixels and draw its outline.
+
+    Args:
+        frame: uint8 [H,W,3] RGB.
+        mask: bool [H,W] of the same size.
+        colour: RGB.
+        alpha: share of the colour in the tint; 0 = outline only.
+
+    Raises:
+        ValueError: for a mask of another size or type.
+    """
+    if mask.dtype != np.bool_ or mask.shape != frame.shape[:2]:
+        raise ValueError(f"mask {mask.dtype} {mask.shape} must be bool of the frame's size {frame.shape[:2]}")
+    drawn = frame.copy()
+    drawn[mask] = (1 - alpha) * frame[mask] + alpha * np.array(colour)
+    outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    thickness = max(1, round(min(mask.shape) / 200))
+    return cv2.drawContours(drawn, outlines, -1, colour, thickness)
+
+
+def strip(
+    frames: np.ndarray, truth: np.ndarray, prediction: np.ndarray, columns: int = 5, max_width: int = 240
+) -> np.ndarray:
+    """A clip at a glance, uint8 [.,.,3] RGB: rows = frames, ground truth, prediction; columns = frames evenly spread.
+
+    Args:
+        frames: uint8 [T,H,W,3] RGB.
+        truth: bool [T,H,W].
+        prediction: bool [T,H,W].
+        columns: how many of the T frames are shown.
+        max_width: larger frames are shrunk to this many pixels.
+    """
+    chosen = np.unique(np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int))
+    rows = [
+        [_shrink(frames[t], max_width) for t in chosen],
+        [_shrink(overlay(frames[t], truth[t], TRUTH), max_width) for t in chosen],
+        [_shrink(overlay(frames[t], prediction[t], PREDICTION), max_width) for t in chosen],
+    ]
+    return _stack([_stack(row, axis=1) for row in rows], axis=0)
+
+
+def jpeg(image: np.ndarray, quality: int = 85) -> bytes:
+    """uint8 [H,W,3] RGB -> the bytes of a JPEG file."""
+    done, data = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
+    if not done:
+        raise ValueError(f"an image of shape {image.shape} and type {image.dtype} cannot be encoded as JPEG")
+    return data.tobytes()
+
+
+def data_uri(data: bytes, media_type: str) -> str:
+    """Bytes as a `data:` address, so that a page needs no other file."""
+    return f"data:{media_type};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def save_masks(folder: Path, masks: np.ndarray) -> None:
+    """bool [T,H,W] -> 0/255 PNG files named as the benchmark names them (00000.png, 00001.png, ...)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for t, mask in enumerate(masks):
+        path = folder / f"{t:05d}.png"
+        if not cv2.imwrite(str(path), mask.astype(np.uint8) * 255):
+            raise OSError(f"{path}: could not be written (disk full or folder not writable?)")
+
+
+def _shrink(image: np.ndarray, max_width: int) -> np.ndarray:
+    height, width = image.shape[:2]
+    if width <= max_width:
+        return image
+    return cv2.resize(image, (max_width, max(1, round(height * max_width / width))), interpolation=cv2.INTER_AREA)
+
+
+def _stack(images: list[np.ndarray], axis: int) -> np.ndarray:
+    """Images side by side (axis 1) or below each other (axis 0) with white gaps."""
+    shape = list(images[0].shape)
+    shape[axis] = _GAP
+    gap = np.full(shape, 255, np.uint8)
+    return np.concatenate([part for image in images for part in (image, gap)][:-1], axis=axis)
