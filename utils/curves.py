@@ -102,7 +102,8 @@ def svg(chart: Chart, names: Sequence[str]) -> str:
     for series in chart.series:
         shown = smooth(series.values, max(1, len(series.values) // 50))
         points = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in zip(series.steps, shown, strict=True))
-        parts.append(f'<polyline fill="none" stroke="{colour_of(series.name, names)}" stroke-width="1.6" points="{points}"/>')
+        colour = colour_of(series.name, names)
+        parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.6" points="{points}"/>')
     label = f"{chart.title} over optimiser steps: " + ", ".join(
         f"{s.name} {s.values[0]:.3g} to {s.values[-1]:.3g}" for s in chart.series
     )
