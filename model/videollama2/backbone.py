@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.videollama2.audio_tower import AudioTower
 from model.videollama2.config import VideoLlama2Config
@@ -94,10 +97,9 @@ class VideoLlama2(nn.Module):
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute the activations of the language model's and of BEATs' layers in backward (training mode only)."""
-        if enabled:
-            self.language_model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            self.language_model.gradient_checkpointing_disable()
+        # The public switch of transformers would also hook the word embeddings so that their output always requires
+        # gradients, which non-reentrant checkpointing does not need.
+        self.language_model._set_gradient_checkpointing(enabled, partial(checkpoint, use_reentrant=False))
         self.audio_tower.encoder.gradient_checkpointing = enabled
 
     def reset_buffers(self, device: torch.device | str) -> None:

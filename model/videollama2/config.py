@@ -160,10 +160,12 @@ class VideoLlama2Config:
         path = Path(folder) / CONFIG_NAME
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(data, dict):
+                raise ValueError("the top level must be an object")
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror}); a checkpoint folder needs it") from error
         except ValueError as error:
-            raise ValueError(f"{path}: not valid JSON ({error})") from error
+            raise ValueError(f"{path}: not a valid configuration file ({error})") from error
         try:
             return cls.from_dict(data)
         except ValueError as error:
@@ -177,13 +179,15 @@ class VideoLlama2Config:
         _check_fixed(rest, FIXED_TOP, "", problems)
         if "siglip" not in str(rest.get("mm_vision_tower", "siglip")).lower():
             problems.append(f"mm_vision_tower = {rest['mm_vision_tower']!r}: only SigLIP towers are supported")
-        vision = _take_block(rest, VISION_BLOCKS)
-        beats = _take_block(rest, BEATS_BLOCKS)
-        if beats is not None:
-            _check_fixed(beats, FIXED_BEATS, "beats_config.", problems)
-            beats = {k: v for k, v in beats.items() if k not in FIXED_BEATS}
-        parsed_vision = _parse(VisionConfig, vision or {}, "vision_config.", IGNORED_VISION, problems)
-        parsed_beats = _parse(BeatsConfig, beats or {}, "beats_config.", IGNORED_BEATS, problems)
+        select_layer = rest.pop("mm_vision_select_layer", -2)
+        if type(select_layer) is not int:
+            problems.append(f"mm_vision_select_layer = {select_layer!r}: an integer is needed")
+        vision = _take_block(rest, VISION_BLOCKS, problems)
+        beats = _take_block(rest, BEATS_BLOCKS, problems)
+        _check_fixed(beats, FIXED_BEATS, "beats_config.", problems)
+        beats = {k: v for k, v in beats.items() if k not in FIXED_BEATS}
+        parsed_vision = _parse(VisionConfig, vision, "vision_config.", IGNORED_VISION, problems)
+        parsed_beats = _parse(BeatsConfig, beats, "beats_config.", IGNORED_BEATS, problems)
         rest = _flatten_rope(rest, problems)
         names = {f.name for f in fields(LanguageConfig)}
         language = _parse(LanguageConfig, {k: v for k, v in rest.items() if k in names}, "", frozenset(), problems)
@@ -193,8 +197,8 @@ class VideoLlama2Config:
                 problems.append(f"{name} = {rest[name]} differs from the tower's {size} = {getattr(part, size)}")
         if problems or language is None or parsed_vision is None or parsed_beats is None:
             raise ValueError("unsupported model configuration:\n" + "\n".join(f"  {p}" for p in problems))
-        extra = {k: v for k, v in rest.items() if k not in names and k not in ("mm_vision_select_layer", *FIXED_TOP)}
-        return cls(language, parsed_vision, parsed_beats, rest.get("mm_vision_select_layer", -2), extra)
+        extra = {k: v for k, v in rest.items() if k not in names and k not in FIXED_TOP}
+        return cls(language, parsed_vision, parsed_beats, select_layer, extra)
 
     def to_dict(self) -> dict[str, Any]:
         """The released layout; the blocks are written only where they differ from the released constants."""
@@ -216,10 +220,13 @@ class VideoLlama2Config:
         return data
 
 
-def _take_block(data: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any] | None:
-    """Remove the blocks `names` from `data`; the first that is there wins."""
-    found = [block for name in names if (block := data.pop(name, None)) is not None]
-    return dict(found[0]) if found else None
+def _take_block(data: dict[str, Any], names: tuple[str, ...], problems: list[str]) -> dict[str, Any]:
+    """Remove the blocks `names` from `data`; the first that is there wins, {} without one."""
+    found = [(name, block) for name in names if (block := data.pop(name, None)) is not None]
+    if found and not isinstance(found[0][1], dict):
+        problems.append(f"{found[0][0]} = {found[0][1]!r}: an object is needed")
+        return {}
+    return dict(found[0][1]) if found else {}
 
 
 def _check_fixed(data: dict[str, Any], fixed: dict[str, Any], where: str, problems: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -15,6 +16,12 @@ from torch import Tensor
 
 SINGLE_SAFE, INDEX_SAFE = "model.safetensors", "model.safetensors.index.json"
 SINGLE_BIN, INDEX_BIN = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+DAMAGE = (
+    RuntimeError, EOFError, OSError, ValueError, IndexError, KeyError, TypeError, AttributeError, AssertionError,
+    struct.error,
+)  # fmt: skip
+"""What torch's safe unpickler raises on bytes that are no pickle of tensors (found by feeding it mutated files)."""
 
 
 class CheckpointError(ValueError):
@@ -120,8 +127,8 @@ def _load_torch_file(path: Path) -> dict[str, Tensor]:
             f"{path}: refused, because the file is damaged or holds more than tensors (loading such a pickle could run "
             f"code): {str(error).splitlines()[0]}"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged or truncated torch file ({error})") from error
+    except DAMAGE as error:
+        raise CheckpointError(f"{path}: damaged or truncated torch file ({error!r})") from error
     if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
         raise CheckpointError(f"{path}: not a state dict (a flat mapping of names to tensors is needed)")
     return state
