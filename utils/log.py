@@ -1,0 +1,150 @@
+"""What a run says while it trains: metrics.jsonl, TensorBoard scalars, a progress bar."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from configs.schema import LogConfig
+from utils import distributed
+from utils.checkpoint import write_text
+
+
+def setup_logging() -> None:
+    """Messages of the project on stderr; warnings and worse from every process, the rest from the main one."""
+    logger = logging.getLogger("aurora")
+    logger.handlers.clear()
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"%(levelname)s [{distributed.rank()}] %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO if distributed.is_main() else logging.WARNING)
+    logger.propagate = False
+
+
+class Means:
+    """Means of named scalars over micro-batches, steps and processes, each name over those that reported it."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, values: dict[str, Tensor | float]) -> None:
+        """Add one micro-batch's scalars; tensors stay where they are until `reduce`."""
+        for name, value in values.items():
+            number = torch.as_tensor(value, dtype=torch.float64 if not isinstance(value, Tensor) else None)
+            number = number.detach().to(torch.float32 if number.device.type == "mps" else torch.float64)
+            self._sums[name] = self._sums[name] + number if name in self._sums else number
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def reduce(self) -> dict[str, float]:
+        """The means over all processes, names in order of first mention; empties the sums. All processes call it."""
+        mine = {name: (float(total), self._counts[name]) for name, total in self._sums.items()}
+        self._sums, self._counts = {}, {}
+        everyone = distributed.gather(mine)
+        names = list(dict.fromkeys(name for one in everyone for name in one))
+        found = {name: [one[name] for one in everyone if name in one] for name in names}
+        return {name: sum(s for s, _ in pairs) / sum(n for _, n in pairs) for name, pairs in found.items()}
+
+
+class RunLog:
+    """Writes the metrics of a run on the main process; other processes hold a silent one.
+
+    Args:
+        folder: the run's folder.
+        config: the section `log`.
+        steps: length of the run, optimiser steps.
+        done: steps done before (a resumed run): later rows of an interrupted attempt are removed.
+    """
+
+    def __init__(self, folder: str | Path, config: LogConfig, steps: int, done: int = 0) -> None:
+        self.folder = Path(folder)
+        self._active = distributed.is_main()
+        self._clock, self._counted = time.perf_counter(), 0
+        if not self._active:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            _keep_rows(self.folder / name, done)
+        self._metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board = None
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done + 1 if done else None)
+        slow = 0.5 if sys.stderr.isatty() else 30.0
+        self._bar = tqdm(
+            total=steps,
+            initial=done,
+            unit="step",
+            mininterval=slow,
+            dynamic_ncols=True,
+            bar_format="{desc} {n_fmt}/{total_fmt} |{bar:20}| {elapsed} gone, {remaining} left{postfix}",
+            desc=self.folder.name,
+        )
+
+    def advance(self, steps: int = 1) -> None:
+        """Count optimiser steps that were done."""
+        self._counted += steps
+        if self._active:
+            self._bar.update(steps)
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Write one row; seconds per step since the row before are added.
+
+        Names with a slash are TensorBoard tags as they are, others get `train/` before them.
+        """
+        now = time.perf_counter()
+        seconds = (now - self._clock) / max(1, self._counted)
+        self._clock, self._counted = now, 0
+        if not self._active:
+            return
+        row = {"step": step, **values, "seconds_per_step": round(seconds, 4)}
+        _write_row(self._metrics, row)
+        self._bar.set_postfix_str(f"loss {values.get('loss', math.nan):.4f}, {seconds:.2f} s/step", refresh=False)
+        if self._board is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self._board.add_scalar(name if "/" in name else f"train/{name}", value, step)
+
+    def samples(self, step: int, records: list[dict[str, Any]]) -> None:
+        """Append answers of the model to samples.jsonl."""
+        if self._active and records:
+            with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as stream:
+                for record in records:
+                    _write_row(stream, {"step": step, **record})
+
+    def close(self) -> None:
+        """Write out what is buffered and end the writer's thread."""
+        if self._active:
+            self._bar.close()
+            self._metrics.close()
+            if self._board is not None:
+                self._board.close()
+
+
+def _write_row(stream: Any, row: dict[str, Any]) -> None:
+    stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+    stream.flush()
+
+
+def _keep_rows(path: Path, done: int) -> None:
+    """Remove the rows after step `done`, and a last line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= done:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    write_text(path, "".join(kept))
