@@ -1,0 +1,213 @@
+"""`ClipDataset[i]`: metadata row -> decoded, preprocessed `Sample`.
+
+`dataset[i]` is a pure function of the row, the settings and their seed: no random augmentation, nothing that depends on
+the epoch or on what was read before (the published loader ignores `i`). Nothing is decoded at construction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dataset.cot import CotRecord
+from dataset.media import frame_indexes, image_size, list_images, read_audio, read_frames, read_masks
+from dataset.processor import AuroraProcessor
+from dataset.prompt import AnswerKind, Prompts
+from dataset.refavs import Row
+from utils.errors import DataError
+from utils.types import Sample
+
+Probe = Literal["none", "shuffle_audio", "zero_audio", "shuffle_video"]
+PROBES: tuple[str, ...] = ("none", "shuffle_audio", "zero_audio", "shuffle_video")
+
+
+class ClipIndex(Protocol):
+    """Where the media of a benchmark lie (`dataset.refavs.RefAvsIndex` is one)."""
+
+    def clips(self, split: str) -> list[str]: ...
+
+    def frames_folder(self, clip: str) -> Path: ...
+
+    def audio_path(self, clip: str) -> Path: ...
+
+    def mask_folder(self, row: Row) -> Path: ...
+
+
+@dataclass(frozen=True)
+class ClipSettings:
+    """What is asked of every sample."""
+
+    answer: AnswerKind | None = None
+    """Target answer; None = none (evaluation)."""
+    teacher_answer: AnswerKind | None = None
+    """Answer that the distillation teacher reads (paper: "plain"; published code: "class"); None = no teacher."""
+    num_frames: int | None = None
+    """Frames per clip, evenly spaced; None = all on disk."""
+    max_image_pixels: int | None = None
+    """Larger frames or masks are refused before decoding."""
+    max_audio_seconds: float | None = None
+    """Longer sound files are refused before decoding."""
+    keep_frames: bool = False
+    """Keep the native frames in the sample, for pictures."""
+    probe: Probe = "none"
+    """Ablation of the input: another clip's sound or frames of the same split, or silence. Masks stay the row's own."""
+    seed: int = 0
+    """Of the probe's exchange."""
+
+
+class ClipDataset(Dataset[Sample]):
+    """Rows of one benchmark as samples.
+
+    Args:
+        index: says where media lie.
+        rows: the rows, in the order of `dataset[i]`.
+        processor: preprocessing at the model's sizes.
+        prompts: writes prompt and answer ids.
+        cot: reasoning records by row; needed for every row if an answer kind is "reasoning".
+        settings: see ClipSettings.
+
+    Raises:
+        DataError: rows without a reasoning, a reasoning of another uid, a probe over fewer than two clips.
+    """
+
+    def __init__(
+        self,
+        index: ClipIndex,
+        rows: Sequence[Row],
+        processor: AuroraProcessor,
+        prompts: Prompts,
+        cot: Mapping[int, CotRecord] | None = None,
+        settings: ClipSettings = ClipSettings(),
+    ) -> None:
+        if settings.probe not in PROBES:
+            raise ValueError(f"probe = {settings.probe!r}: must be one of {', '.join(PROBES)}. Remedy: set eval.probe.")
+        self.index, self.rows = index, list(rows)
+        self.processor, self.prompts, self.settings = processor, prompts, settings
+        self.cot = dict(cot or {})
+        if "reasoning" in (settings.answer, settings.teacher_answer):
+            _check_reasoning(self.rows, self.cot)
+        self._other: dict[tuple[str, str], str] = {}
+        if settings.probe in ("shuffle_audio", "shuffle_video"):
+            for split in sorted({row.split for row in self.rows}):
+                exchanged = derangement(index.clips(split), settings.seed)
+                self._other.update({(split, clip): other for clip, other in exchanged.items()})
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Sample:
+        """Decode and preprocess row i.
+
+        Raises:
+            DataError: the sample's uid and row, the file, the rule and the remedy.
+        """
+        row = self.rows[i]
+        try:
+            return self._sample(row)
+        except (DataError, ValueError) as error:
+            raise DataError(f"sample {row.uid} (row {row.row}): {error}") from error
+
+    def _sample(self, row: Row) -> Sample:
+        settings, processor = self.settings, self.processor
+        video_clip = self._other[row.split, row.clip] if settings.probe == "shuffle_video" else row.clip
+        frames = read_frames(self.index.frames_folder(video_clip), settings.num_frames, settings.max_image_pixels)
+        masks = self._masks(row, tuple(frames.shape[1:3]) if video_clip == row.clip else None)
+        if len(masks) != len(frames):
+            raise DataError(
+                f"{len(masks)} masks, but the frames exchanged with clip {video_clip} are {len(frames)}. "
+                "Remedy: set data.num_frames, or choose another probe."
+            )
+        sam_pixels, sam_size = processor.sam_pixels(frames)
+        fbank, audio_key = self._sound(row)
+        return Sample(
+            row=row.row,
+            uid=row.uid,
+            clip=row.clip,
+            split=str(row.split),
+            class_name=row.class_name,
+            reference=row.reference,
+            kind=row.kind,
+            pixel_values=processor.vision_pixels(frames),
+            sam_pixels=sam_pixels,
+            sam_size=sam_size,
+            fbank=fbank,
+            masks=torch.from_numpy(masks),
+            prompt_ids=self.prompts.prompt_ids(row.reference),
+            answer_ids=self._answer(row, settings.answer),
+            teacher_ids=self._answer(row, settings.teacher_answer),
+            video_key=video_clip,
+            audio_key=audio_key,
+            frames=frames if settings.keep_frames else None,
+            truth=row.truth,
+        )
+
+    def _masks(self, row: Row, size: tuple[int, int] | None) -> np.ndarray:
+        """bool [T,H,W] of the row's own clip; `size` None = read from its first frame.
+
+        A null row's mask is empty by definition, so its folder may be absent; one that is there must agree.
+        """
+        paths = list_images(self.index.frames_folder(row.clip))
+        size = image_size(paths[0]) if size is None else size
+        wanted = self.settings.num_frames
+        indexes = list(range(len(paths))) if wanted is None else frame_indexes(len(paths), wanted)
+        folder = self.index.mask_folder(row)
+        if row.is_null and not folder.is_dir():
+            return np.zeros((len(indexes), *size), dtype=bool)
+        masks = read_masks(folder, len(paths), size, indexes, self.settings.max_image_pixels)
+        if row.is_null and masks.any():
+            raise DataError(f"{folder}: a null row has an empty mask, this one marks an object. Remedy: remove the folder.")
+        return masks
+
+    def _sound(self, row: Row) -> tuple[Tensor, str]:
+        """float32 [F,K] and the name of what is heard."""
+        probe = self.settings.probe
+        clip = self._other[row.split, row.clip] if probe == "shuffle_audio" else row.clip
+        path = self.index.audio_path(clip)
+        wave = read_audio(path, self.processor.sample_rate, self.settings.max_audio_seconds)
+        key = clip
+        if probe == "zero_audio":
+            wave, key = np.zeros_like(wave), f"{clip}#silent"
+        try:
+            return self.processor.fbank(wave), key
+        except ValueError as error:
+            raise DataError(f"{path}: {error}") from error
+
+    def _answer(self, row: Row, kind: AnswerKind | None) -> Tensor:
+        if kind is None:
+            return torch.empty(0, dtype=torch.int64)
+        record = self.cot.get(row.row)
+        return self.prompts.answer_ids(kind, row.class_name, None if record is None else record.reasoning)
+
+
+def derangement(clips: Sequence[str], seed: int) -> dict[str, str]:
+    """Each clip -> another clip, all distinct: one random cycle through all of them.
+
+    Raises:
+        DataError: fewer than two clips.
+    """
+    if len(clips) < 2:
+        raise DataError(f"{len(clips)} clips: an exchange needs two. Remedy: choose a larger split, or probe zero_audio.")
+    order = torch.randperm(len(clips), generator=torch.Generator().manual_seed(seed)).tolist()
+    return {clips[a]: clips[b] for a, b in zip(order, [*order[1:], order[0]], strict=True)}
+
+
+def _check_reasoning(rows: Sequence[Row], cot: Mapping[int, CotRecord]) -> None:
+    missing = [row for row in rows if row.row not in cot]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(rows)} rows have no reasoning, the first is {missing[0].uid} (row {missing[0].row}). "
+            "Remedy: complete data.cot, or keep the rows that have one (rows_with_reasoning)."
+        )
+    for row in rows:
+        if cot[row.row].uid != row.uid:
+            raise DataError(
+                f"row {row.row}: the reasoning is about {cot[row.row].uid}, the metadata row is {row.uid}. "
+                "Remedy: use the reasoning file of this metadata.csv."
+            )

@@ -1,0 +1,99 @@
+"""Samples -> one `Batch`, and the loader that makes batches in worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import cv2
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from utils.errors import DataError
+from utils.types import Batch, Sample
+
+_STACKED = {
+    "pixel_values": "frames for the vision tower; clips of a batch need the same number of frames (data.num_frames)",
+    "sam_pixels": "frames for SAM; clips of a batch need the same number of frames (data.num_frames)",
+    "fbank": "sounds; clips of a batch need the same length (data.audio_padding_seconds)",
+}
+
+
+@dataclass
+class LoadedBatch(Batch):
+    """A batch as the loader hands it out: knows how to pin its tensors for a quick copy to CUDA."""
+
+    def pin_memory(self) -> LoadedBatch:
+        """Called by the loader's pinning thread."""
+        return replace(
+            self,
+            pixel_values=self.pixel_values.pin_memory(),
+            sam_pixels=self.sam_pixels.pin_memory(),
+            fbank=self.fbank.pin_memory(),
+            masks=[m.pin_memory() for m in self.masks],
+        )
+
+
+def collate(samples: Sequence[Sample]) -> LoadedBatch:
+    """Stack what must be equal, keep lists of what may differ (text lengths, native mask sizes).
+
+    The samples of the batch share the stacked memory: nothing crosses a process boundary twice.
+
+    Raises:
+        DataError: no sample, or unequal frame counts, pixel sizes or sound lengths; names the samples.
+    """
+    if not samples:
+        raise DataError("an empty batch. Remedy: choose rows that exist.")
+    pixel_values, sam_pixels, fbank = (_stack(samples, name) for name in _STACKED)
+    for sample in samples:
+        if len(sample.masks) != len(sample.pixel_values):
+            raise DataError(f"sample {sample.uid} (row {sample.row}): {len(sample.masks)} masks, {len(sample.pixel_values)} frames.")
+    shared = [
+        replace(s, pixel_values=p, sam_pixels=z, fbank=f)
+        for s, p, z, f in zip(samples, pixel_values, sam_pixels, fbank, strict=True)
+    ]
+    return LoadedBatch(shared, pixel_values, sam_pixels, fbank, [s.masks for s in samples])
+
+
+def build_loader(
+    dataset: Dataset[Sample], sampler: Iterable[int], batch_size: int, workers: int, seed: int
+) -> DataLoader[Sample]:
+    """A loader of `Batch`es whose order is the sampler's alone.
+
+    Args:
+        dataset: gives samples.
+        sampler: indexes of this rank (MixtureSampler, or a list from `shard`).
+        batch_size: samples per batch; the last batch of a finite sampler may be smaller.
+        workers: decoding processes, kept between epochs; 0 = decode in this process.
+        seed: of the workers' generators (samples do not draw from them).
+    """
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+        worker_init_fn=init_worker,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def init_worker(worker: int) -> None:
+    """One thread per worker: more would contend for the cores that the ranks share."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+
+
+def _stack(samples: Sequence[Sample], name: str) -> Tensor:
+    tensors = [getattr(s, name) for s in samples]
+    for sample, tensor in zip(samples, tensors, strict=True):
+        if tensor.shape != tensors[0].shape:
+            raise DataError(
+                f"{name}: sample {samples[0].uid} (row {samples[0].row}) has {list(tensors[0].shape)}, "
+                f"{sample.uid} (row {sample.row}) has {list(tensor.shape)}: {_STACKED[name]}. "
+                "Remedy: set that option, or a batch of 1."
+            )
+    return torch.stack(tensors)

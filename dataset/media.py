@@ -1,0 +1,270 @@
+"""Frames, masks, sound and video files -> arrays. What is broken is refused here; nothing is replaced or guessed.
+
+Readers: opencv for images, librosa for sound, decord for video files. Every failure is a DataError that names the file
+and the remedy (`dataset.clips` adds the sample). The published loader pads, truncates or substitutes 30 s of silence
+instead (AURORA utils/sem_seg_dataset.py:190-201, VideoLLaMA2 mm_utils.py:302).
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+from pathlib import Path
+
+import cv2
+import decord
+import librosa
+import numpy as np
+import soundfile
+from PIL import Image
+
+from utils.errors import DataError
+
+SAMPLE_RATE = 16_000
+"""Hz; the rate of BEATs' filter bank."""
+
+_NUMBERED = re.compile(r"([0-9]{1,9})\.(jpg|jpeg|png)", re.IGNORECASE)
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Numbered images of a folder in numeric order (2.jpg before 10.jpg), which must be 0..n-1 without a gap.
+
+    Raises:
+        DataError: no folder, no image, an image whose name is not a number, a number missing or given twice.
+    """
+    try:
+        names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in _IMAGE_SUFFIXES)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(f"{folder}: no such folder. Remedy: restore it from the benchmark's archive.") from error
+    found: dict[int, Path] = {}
+    for name in names:
+        match = _NUMBERED.fullmatch(name)
+        if match is None:
+            raise DataError(f"{folder / name}: an image is named by its number alone, as 0.jpg. Remedy: rename or remove it.")
+        number = int(match.group(1))
+        if number in found:
+            raise DataError(f"{folder / name}: number {number} is also {found[number].name}. Remedy: remove one of the two.")
+        found[number] = folder / name
+    if not found:
+        raise DataError(f"{folder}: holds no image. Remedy: restore the clip from the benchmark's archive.")
+    for number in range(len(found)):
+        if number not in found:
+            raise DataError(
+                f"{folder}: image {number} is missing, though {max(found)} exists; images are numbered 0..n-1 without a gap. "
+                "Remedy: restore the missing file."
+            )
+    return [found[number] for number in range(len(found))]
+
+
+def frame_indexes(total: int, count: int) -> list[int]:
+    """`count` frames evenly spaced among `total`: centres of equal segments (VideoLLaMA2 mm_utils.py, frame_sample).
+
+    Raises:
+        DataError: fewer than `count` frames exist. (Upstream repeats or paints black frames.)
+    """
+    if total < count:
+        raise DataError(f"{total} frames, {count} wanted. Remedy: lower data.num_frames, or restore the missing frames.")
+    segment = (total - 1) / count
+    return [round(segment * (k + 0.5) + 1e-6) for k in range(count)]
+
+
+def read_frames(folder: Path, count: int | None = None, max_pixels: int | None = None) -> np.ndarray:
+    """Frames of a clip in numeric order.
+
+    Args:
+        folder: `media/<clip>/frames`.
+        count: frames wanted, evenly spaced; None = all.
+        max_pixels: larger images are refused before they are decoded.
+
+    Returns:
+        uint8 [T,H,W,3] RGB.
+
+    Raises:
+        DataError: a gap in the numbers, a truncated or unreadable image, images of unequal size.
+    """
+    paths = list_images(folder)
+    if count is not None:
+        try:
+            paths = [paths[i] for i in frame_indexes(len(paths), count)]
+        except DataError as error:
+            raise DataError(f"{folder}: {error}") from error
+    frames = [_read_image(path, cv2.IMREAD_COLOR_RGB, max_pixels) for path in paths]
+    for path, frame in zip(paths, frames, strict=True):
+        if frame.shape != frames[0].shape:
+            raise DataError(
+                f"{path}: {frame.shape[1]}x{frame.shape[0]} pixels, but {paths[0].name} has "
+                f"{frames[0].shape[1]}x{frames[0].shape[0]}; frames of a clip share one size. Remedy: extract the clip again."
+            )
+    return np.stack(frames)
+
+
+def read_masks(
+    folder: Path, count: int, size: tuple[int, int], indexes: list[int] | None = None, max_pixels: int | None = None
+) -> np.ndarray:
+    """Masks of one object, one for each frame of its clip.
+
+    Foreground is 255 and background 0. The published loader takes 255 as foreground and all else as background
+    (AURORA utils/sem_seg_dataset.py:557), the official one thresholds above 0; on {0, 255} they agree, so any other
+    value is refused here instead of being read either way.
+
+    Args:
+        folder: `gt_mask/<clip>/fid_<fid>`.
+        count: frames of the clip on disk; the folder must hold exactly as many masks.
+        size: (height, width) of the frames.
+        indexes: the masks wanted; None = all.
+        max_pixels: larger images are refused before they are decoded.
+
+    Returns:
+        bool [T,H,W].
+
+    Raises:
+        DataError: a mask without a frame or the reverse, another size, a value other than 0 and 255, a broken file.
+    """
+    paths = list_images(folder)
+    if len(paths) != count:
+        raise DataError(
+            f"{folder}: {len(paths)} masks for {count} frames; each frame has one mask. "
+            f"Remedy: restore the missing files of {'the masks' if len(paths) < count else 'the frames'}."
+        )
+    masks = []
+    for index in range(count) if indexes is None else indexes:
+        image = _read_image(paths[index], cv2.IMREAD_GRAYSCALE, max_pixels)
+        if image.shape != tuple(size):
+            raise DataError(
+                f"{paths[index]}: {image.shape[1]}x{image.shape[0]} pixels, but the frame has {size[1]}x{size[0]}; a mask has "
+                "its frame's size. Remedy: restore mask and frame from one release."
+            )
+        mask = image == 255
+        if not np.array_equal(mask, image != 0):
+            odd = sorted(set(np.unique(image).tolist()) - {0, 255})
+            raise DataError(
+                f"{paths[index]}: values {odd[:5]}; a mask holds 0 (background) and 255 (object) only. "
+                "Remedy: write it as an 8-bit black and white PNG."
+            )
+        masks.append(mask)
+    return np.stack(masks)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) from the header alone."""
+    return _header_size(path, _read_bytes(path))
+
+
+def read_audio(path: Path, sample_rate: int = SAMPLE_RATE, max_seconds: float | None = None) -> np.ndarray:
+    """Mono sound: the mean of the channels, Fourier-resampled as published (AURORA utils/sem_seg_dataset.py:133-139).
+
+    Args:
+        path: a file that libsndfile reads (wav, flac, ogg, mp3).
+        sample_rate: Hz wanted.
+        max_seconds: longer files are refused before they are decoded.
+
+    Returns:
+        float32 [samples] in about [-1, 1].
+
+    Raises:
+        DataError: missing, unreadable, empty, too long, or not finite.
+    """
+    remedy = "Remedy: extract the clip's sound again."
+    if not path.is_file():
+        raise DataError(f"{path}: no such file. {remedy}")
+    try:
+        info = soundfile.info(str(path))
+        if info.frames == 0:
+            raise DataError(f"{path}: holds no sound (0 samples). {remedy}")
+        if max_seconds is not None and info.duration > max_seconds:
+            raise DataError(
+                f"{path}: {info.duration:.1f} s, limit {max_seconds:g} s. Remedy: cut it, or raise data.max_audio_seconds."
+            )
+        wave, rate = librosa.load(path, sr=None, mono=False, dtype=np.float32)
+    except soundfile.SoundFileError as error:
+        raise DataError(f"{path}: cannot be read as sound ({error}). {remedy}") from error
+    if wave.shape[-1] < info.frames:
+        raise DataError(f"{path}: {info.frames} samples promised, {wave.shape[-1]} read. {remedy}")
+    if wave.ndim == 2:
+        wave = wave.mean(axis=0)
+    if not np.isfinite(wave).all():
+        raise DataError(f"{path}: holds NaN or infinite samples. {remedy}")
+    if rate != sample_rate:
+        wave = librosa.resample(wave, orig_sr=rate, target_sr=sample_rate, res_type="fft")
+    return np.ascontiguousarray(wave, dtype=np.float32)
+
+
+def read_video_frames(
+    path: Path, fps: float = 1.0, max_pixels: int | None = None, max_seconds: float | None = None
+) -> np.ndarray:
+    """Frames of a video file at `fps`: those shown at 0, 1/fps, 2/fps ... seconds.
+
+    Args:
+        path: a file that decord (ffmpeg) reads.
+        fps: frames kept per second; at most the file's own rate.
+        max_pixels: larger frames are refused after the first.
+        max_seconds: longer videos are refused before decoding.
+
+    Returns:
+        uint8 [T,H,W,3] RGB.
+
+    Raises:
+        DataError: missing, unreadable, without frames, too long or too large.
+    """
+    remedy = "Remedy: convert it to H.264 in mp4."
+    if not path.is_file():
+        raise DataError(f"{path}: no such file. Remedy: name an existing video.")
+    try:
+        # one thread: decord's pool can deadlock in a forked worker (VideoLLaMA2 mm_utils.py, same note)
+        reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
+        total, rate = len(reader), float(reader.get_avg_fps())
+        if total == 0 or not rate > 0:
+            raise DataError(f"{path}: holds no frames. {remedy}")
+        if max_seconds is not None and total / rate > max_seconds:
+            raise DataError(f"{path}: {total / rate:.1f} s, limit {max_seconds:g} s. Remedy: cut it.")
+        step = max(rate / fps, 1.0)
+        indexes = [min(int(k * step + 1e-6), total - 1) for k in range(max(int(total / step + 1e-6), 1))]
+        height, width = reader[0].shape[:2]
+        if max_pixels is not None and height * width > max_pixels:
+            raise DataError(f"{path}: {width}x{height} pixels, limit {max_pixels}. Remedy: scale it down.")
+        return reader.get_batch(indexes).asnumpy()
+    except (decord.DECORDError, RuntimeError) as error:
+        raise DataError(f"{path}: cannot be read as video ({str(error).splitlines()[0]}). {remedy}") from error
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}. Remedy: restore the file.") from error
+
+
+def _header_size(path: Path, data: bytes) -> tuple[int, int]:
+    """(height, width) of a JPEG or PNG whose end marker is there."""
+    remedy = "Remedy: restore the file from the benchmark's archive."
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+            width, height = image.size
+            kind = image.format
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: not a JPEG or PNG image ({error}). {remedy}") from error
+    # opencv fills what a truncated file lacks with grey and says nothing; the end markers tell. An embedded thumbnail
+    # has its own end marker, therefore it must come after the last start of scan.
+    complete = data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda") if kind == "JPEG" else b"IEND\xaeB`\x82" in data[-64:]
+    if not complete:
+        raise DataError(f"{path}: truncated ({len(data)} bytes, the end marker is missing). {remedy}")
+    return height, width
+
+
+def _read_image(path: Path, mode: int, max_pixels: int | None) -> np.ndarray:
+    """uint8 [H,W,3] or [H,W]; the orientation tag is ignored, as masks are drawn on the stored pixels."""
+    data = _read_bytes(path)
+    height, width = _header_size(path, data)
+    if max_pixels is not None and height * width > max_pixels:
+        raise DataError(
+            f"{path}: {width}x{height} pixels, limit {max_pixels}. Remedy: scale it down, or raise data.max_image_pixels."
+        )
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), mode | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error as error:
+        raise DataError(f"{path}: cannot be decoded ({error.err}). Remedy: restore the file.") from error
+    if image is None or image.shape[:2] != (height, width):
+        raise DataError(f"{path}: cannot be decoded. Remedy: restore the file from the benchmark's archive.")
+    return image

@@ -1,0 +1,135 @@
+"""Decoded media -> the inputs of the three towers: SigLIP pixels, SAM pixels, filter-bank energies."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dataset.fbank import SAMPLE_RATE, kaldi_fbank, layout_clips
+
+SAM_MEAN = (123.675, 116.28, 103.53)
+SAM_STD = (58.395, 57.12, 57.375)
+"""RGB, on 0..255 (segment_anything, build_sam.py)."""
+PAD_GREY = 127
+"""Colour of the square that frames are pasted on: int(0.5 * 255), upstream's expand2square."""
+
+FrameResize = Literal["warp", "pad"]
+
+
+class AuroraProcessor:
+    """Preprocessing with the sizes of one model; keeps the tokenizer, so that one object carries all a clip needs.
+
+    Args:
+        tokenizer: of the language model.
+        vision_size: P, side of the vision tower's square input, pixels.
+        sam_size: Z, side of SAM's square input, pixels.
+        mel_bins: K of the filter bank (128 as released).
+        audio_padding_seconds: length to which the sound is padded with silence (30 as published); None = not padded.
+        frame_resize: "warp" stretches frames to the square (as published); "pad" pastes them on a grey square first.
+        audio_windows: one-second windows taken of the sound (10 as published); None = the whole sound.
+    """
+
+    sample_rate: int = SAMPLE_RATE
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        vision_size: int,
+        sam_size: int,
+        mel_bins: int = 128,
+        audio_padding_seconds: float | None = 30.0,
+        frame_resize: FrameResize = "warp",
+        audio_windows: int | None = 10,
+    ) -> None:
+        if frame_resize not in ("warp", "pad"):
+            raise ValueError(f"frame_resize = {frame_resize!r}: must be 'warp' or 'pad'. Remedy: set data.frame_resize.")
+        self.tokenizer = tokenizer
+        self.vision_size = vision_size
+        self.sam_size = sam_size
+        self.mel_bins = mel_bins
+        self.audio_padding_seconds = audio_padding_seconds
+        self.frame_resize = frame_resize
+        self.audio_windows = audio_windows
+
+    def vision_pixels(self, frames: np.ndarray) -> Tensor:
+        """SigLIP's preprocessing: PIL bicubic to P x P, then [-1, 1].
+
+        Args:
+            frames: uint8 [T,H,W,3] RGB.
+
+        Returns:
+            float32 [T,3,P,P].
+        """
+        if self.frame_resize == "pad":
+            frames = _on_square(frames)
+        resized = _resize(frames, (self.vision_size, self.vision_size), Image.Resampling.BICUBIC)
+        return _channels_first(resized).div_(255.0).sub_(0.5).div_(0.5)
+
+    def sam_pixels(self, frames: np.ndarray) -> tuple[Tensor, tuple[int, int]]:
+        """SAM's preprocessing: long side to Z with PIL bilinear, normalised, zeros at the bottom and right.
+
+        Args:
+            frames: uint8 [T,H,W,3] RGB.
+
+        Returns:
+            float32 [T,3,Z,Z], and (height, width) inside it before padding.
+        """
+        size = sam_inner_size(frames.shape[1], frames.shape[2], self.sam_size)
+        pixels = _channels_first(_resize(frames, size, Image.Resampling.BILINEAR))
+        pixels.sub_(torch.tensor(SAM_MEAN).view(3, 1, 1)).div_(torch.tensor(SAM_STD).view(3, 1, 1))
+        if size == (self.sam_size, self.sam_size):
+            return pixels, size
+        return torch.nn.functional.pad(pixels, (0, self.sam_size - size[1], 0, self.sam_size - size[0])), size
+
+    def fbank(self, wave: np.ndarray) -> Tensor:
+        """Filter-bank energies of a sound: windows joined, silence appended, not normalised.
+
+        Args:
+            wave: float32 [samples], mono, at `sample_rate`.
+
+        Returns:
+            float32 [F,K].
+
+        Raises:
+            ValueError: shorter than 25 ms, or longer than the padded length.
+        """
+        sound = torch.from_numpy(wave)
+        if self.audio_windows is not None:
+            sound = layout_clips(sound, self.audio_windows)
+        padding = self.audio_padding_seconds
+        samples = None if padding is None else round(padding * self.sample_rate)
+        return kaldi_fbank(sound, self.mel_bins, samples)
+
+
+def sam_inner_size(height: int, width: int, side: int) -> tuple[int, int]:
+    """(height, width) with the long side at `side` and the ratio kept (segment_anything, ResizeLongestSide)."""
+    scale = side / max(height, width)
+    return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
+
+
+def _resize(frames: np.ndarray, size: tuple[int, int], method: Image.Resampling) -> np.ndarray:
+    """uint8 [T,h,w,3]; frames that have the size already are returned as they are."""
+    if frames.shape[1:3] == size:
+        return frames
+    height, width = size
+    return np.stack([np.asarray(Image.fromarray(f).resize((width, height), method)) for f in frames])
+
+
+def _on_square(frames: np.ndarray) -> np.ndarray:
+    """Frames centred on a grey square of their long side."""
+    count, height, width, _ = frames.shape
+    side = max(height, width)
+    square = np.full((count, side, side, 3), PAD_GREY, np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[:, top : top + height, left : left + width] = frames
+    return square
+
+
+def _channels_first(frames: np.ndarray) -> Tensor:
+    """float32 [T,3,H,W], contiguous, 0..255."""
+    return torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2))).float()

@@ -1,0 +1,162 @@
+"""The only place with prompt text: a reference -> chat ids with the media placeholder, an answer -> target ids.
+
+    <|im_start|>system\\n{system}<|im_end|>\\n
+    <|im_start|>user\\n<video>\\nThe reference is: {reference} Please segment ... images.<|im_end|>\\n
+    <|im_start|>assistant\\n            {answer}<|im_end|>
+
+Qwen2's chat template, tokenised in pieces as the published code does (VideoLLaMA2 mm_utils.py,
+tokenizer_multimodal_token): the negative placeholder id stands between the pieces before and after `<video>`. One
+placeholder stands for a clip with sound: it becomes [video tokens, audio tokens].
+
+Control ids are set by this module alone. Text from data files goes through a tokenizer that knows no added token, so a
+reference or a reasoning that spells "[SEG]", "<video>" or "<|im_start|>" is read as those characters and steers nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tokenizers import AddedToken, Tokenizer
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
+
+from utils.errors import DataError
+from utils.types import VIDEO_PLACEHOLDER
+
+SystemPrompt = Literal["llama2", "qwen2", "none"]
+AnswerKind = Literal["reasoning", "class", "plain"]
+
+SYSTEM_PROMPTS: dict[str, str | None] = {
+    # AURORA utils/sem_seg_dataset.py:503-507, two spaces and one line break included: LLaMA-2's safety text with its
+    # <<SYS>> marks, put in Qwen2's system turn. The base checkpoint was tuned with Qwen2's own default.
+    "llama2": (
+        "<<SYS>>\nYou are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being "
+        "safe.  Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal "
+        "content. Please ensure that your responses are socially unbiased and positive in nature.\n"
+        "If a question does not make any sense, or is not factually coherent, explain why instead of answering something "
+        "not correct. If you don't know the answer to a question, please don't share false information.\n<</SYS>>"
+    ),
+    "qwen2": "You are a helpful assistant.",
+    "none": None,
+}
+USER_TEXT = "\nThe reference is: {reference} Please segment the corresponding object in the images."
+"""What follows `<video>` in the user turn (AURORA utils/sem_seg_dataset.py:500)."""
+S4_REFERENCE = "The sounding object"
+"""Generic reference for benchmarks without expressions (AVSBench S4)."""
+ANSWER_ENDING = "It is [SEG]."
+"""Ending of every well-formed answer; `[SEG]` stands for the token of the loaded tokenizer."""
+
+_IM_START, _IM_END, _END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+
+
+def load_tokenizer(folder: str | Path, seg_token: str = "[SEG]") -> tuple[PreTrainedTokenizerBase, int]:
+    """Qwen2's tokenizer from a local folder, with the segmentation token added if it is absent.
+
+    Args:
+        folder: holds tokenizer.json, or vocab.json and merges.txt. Nothing is ever downloaded.
+        seg_token: the token whose hidden state prompts SAM (paper section 3.1).
+
+    Returns:
+        The tokenizer and the id of `seg_token` (151646 on the released base).
+
+    Raises:
+        DataError: no tokenizer there, or Qwen2's chat tokens are not single tokens of it.
+    """
+    folder = Path(folder)
+    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+        raise DataError(f"{folder}: holds neither tokenizer.json nor vocab.json. Remedy: name the folder of the base model.")
+    tokenizer = Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True)
+    vocabulary = tokenizer.get_vocab()
+    missing = [t for t in (_IM_START, _IM_END, _END_OF_TEXT) if t not in vocabulary or tokenizer.encode(t) != [vocabulary[t]]]
+    if missing:
+        raise DataError(
+            f"{folder}: {', '.join(missing)} is no single token; the chat template needs Qwen2's control tokens. "
+            "Remedy: use the tokenizer shipped with the base model."
+        )
+    if seg_token not in vocabulary:
+        # not special: decoding without special tokens keeps it, so answers are printed with their [SEG]
+        tokenizer.add_tokens([AddedToken(seg_token, normalized=False, special=False)])
+    seg_id = tokenizer.convert_tokens_to_ids(seg_token)
+    if tokenizer.encode(seg_token) != [seg_id]:
+        raise DataError(f"{folder}: {seg_token} is no single token. Remedy: choose another model.seg_token.")
+    return tokenizer, seg_id
+
+
+class Prompts:
+    """Writes prompts and answers with one tokenizer and one system prompt.
+
+    Args:
+        tokenizer: from `load_tokenizer`.
+        seg_id: id of the segmentation token.
+        system_prompt: name in SYSTEM_PROMPTS.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, seg_id: int, system_prompt: SystemPrompt = "llama2") -> None:
+        if system_prompt not in SYSTEM_PROMPTS:
+            raise ValueError(f"system_prompt = {system_prompt!r}: must be one of {', '.join(SYSTEM_PROMPTS)}.")
+        self.seg_id = seg_id
+        self._seg_token = tokenizer.convert_ids_to_tokens(seg_id)
+        self._start, self._end = tokenizer.convert_tokens_to_ids([_IM_START, _IM_END])
+        self._plain = _without_added_tokens(tokenizer)
+        for token, control_id in zip((self._seg_token, _IM_START, _IM_END), (seg_id, self._start, self._end), strict=True):
+            if control_id in self._text(token):
+                raise DataError(
+                    f"tokenizer: {token} is an ordinary word of it, so data text could spell it. "
+                    "Remedy: train the tokenizer without control tokens in its text."
+                )
+        system = SYSTEM_PROMPTS[system_prompt]
+        head = [] if system is None else [self._start, *self._text(f"system\n{system}"), self._end, *self._text("\n")]
+        self._head = [*head, self._start, *self._text("user\n"), VIDEO_PLACEHOLDER]
+        self._tail = [self._end, *self._text("\n"), self._start, *self._text("assistant\n")]
+
+    def prompt_ids(self, reference: str) -> Tensor:
+        """int64 [L]: the chat up to and including the assistant header, with one VIDEO_PLACEHOLDER.
+
+        Args:
+            reference: the referring expression, without outer spaces.
+        """
+        return torch.tensor([*self._head, *self._text(USER_TEXT.format(reference=reference)), *self._tail])
+
+    def answer_ids(self, kind: AnswerKind, class_name: str, reasoning: str | None = None) -> Tensor:
+        """int64 [L]: a target answer with its <|im_end|>.
+
+        Args:
+            kind: "reasoning" (paper section 3.1), "class" (what the published distillation teacher reads,
+                LISA_ref_distill.py) or "plain" (the paper's teacher, section 3.1).
+            class_name: name for kind "class".
+            reasoning: chain of thought for kind "reasoning", without the ending.
+
+        Raises:
+            ValueError: kind "reasoning" without a reasoning, or an unknown kind.
+        """
+        before = self._before_seg(kind, class_name, reasoning)
+        return torch.tensor([*self._text(before), self.seg_id, *self._text("."), self._end])
+
+    def answer_text(self, kind: AnswerKind, class_name: str, reasoning: str | None = None) -> str:
+        """The same answer as text, without <|im_end|>."""
+        return f"{self._before_seg(kind, class_name, reasoning)}{self._seg_token}."
+
+    def _before_seg(self, kind: str, class_name: str, reasoning: str | None) -> str:
+        if kind == "plain":
+            return "It is "
+        if kind == "class":
+            return f"It is {class_name} "
+        if kind != "reasoning":
+            raise ValueError(f"answer = {kind!r}: must be 'reasoning', 'class' or 'plain'. Remedy: set data.answer.")
+        if not reasoning:
+            raise ValueError("answer 'reasoning' without a reasoning. Remedy: give a CoT file, or answer by class or plainly.")
+        return f"{reasoning} It is "
+
+    def _text(self, text: str) -> list[int]:
+        """Ids of plain text: no control token can come out, whatever the text spells."""
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+
+def _without_added_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """The byte-level BPE alone. (`split_special_tokens` would still match [SEG], which is added but not special.)"""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state.update(added_tokens=[], truncation=None, padding=None)
+    return Tokenizer.from_str(json.dumps(state))

@@ -1,0 +1,216 @@
+"""The index of Ref-AVS Bench: metadata.csv read exactly, without touching any media.
+
+    <root>/metadata.csv                              vid,uid,split,fid,exp (CRLF, one header)
+    <root>/media/<clip>/audio.wav
+    <root>/media/<clip>/frames/{0..9}.jpg            not zero-padded
+    <root>/gt_mask/<clip>/fid_<fid>/0000{0..9}.png   zero-padded, the same 0-based numbers
+
+Three things are easily got wrong, so they are decided here and nowhere else:
+
+* The folder of a row is `uid.rsplit("_", 2)[0]`, not its `vid` (official Ref-AVS loader): null rows own folders
+  `null_*`, whose sound differs from the original's. (The published AURORA code joins on `vid` and so gives null
+  rows the original sound and, where object 0 exists, a real object's mask.)
+* A uid is not a key: 11 uids of the real table occur twice. Rows are named by their number in the file.
+* Splits are matched by exact name; the 25 rows marked TODO belong to none.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from utils.errors import DataError
+
+COLUMNS = ("vid", "uid", "split", "fid", "exp")
+NULL_CLASS = "null"
+UNUSED_SPLIT = "TODO"
+_NUMBER = re.compile(r"[0-9]{1,9}")
+
+
+class Split(StrEnum):
+    """The splits of Ref-AVS Bench, by their names in metadata.csv."""
+
+    TRAIN = "train"
+    VAL = "val"
+    TEST_S = "test_s"
+    """Seen classes."""
+    TEST_U = "test_u"
+    """Clips with at least one class that training never names."""
+    TEST_N = "test_n"
+    """Null references: nothing in the clip answers to them."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One referring expression about one object of one clip."""
+
+    row: int
+    """0-based position in metadata.csv, header excluded: the key of every result."""
+    vid: str
+    uid: str
+    clip: str
+    """Folder below media/ and gt_mask/."""
+    split: Split
+    fid: int
+    """Number of the object's mask folder."""
+    reference: str
+    """Column `exp` without outer spaces."""
+    class_name: str
+    number: int
+    """Last part of the uid: number of the expression for that class and clip."""
+    kind: str = ""
+    """Question kind, where `mini_truth.jsonl` tells it."""
+    truth: dict[str, Any] | None = None
+    """Facts of the row, where `mini_truth.jsonl` tells them."""
+
+    @property
+    def is_null(self) -> bool:
+        """Whether nothing in the clip answers to the reference: the mask is empty by definition."""
+        return self.class_name == NULL_CLASS
+
+
+class RefAvsIndex:
+    """All usable rows of one copy of Ref-AVS Bench (or of a world written in its layout).
+
+    Args:
+        root: folder with metadata.csv, media/ and gt_mask/; a `mini_truth.jsonl` beside them is read too.
+
+    Raises:
+        DataError: the table breaks a rule; the message names file, row, value, rule and remedy.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        path = self.root / "metadata.csv"
+        rows, self.row_count = _read_metadata(path)
+        truths = _read_truths(self.root / "mini_truth.jsonl", {r.row for r in rows})
+        self._rows = {r.row: _with_truth(r, truths) for r in rows}
+        self._splits: dict[Split, list[Row]] = {split: [] for split in Split}
+        for row in self._rows.values():
+            self._splits[row.split].append(row)
+
+    def rows(self, split: Split | str) -> list[Row]:
+        """Rows of a split in file order."""
+        return list(self._splits[Split(split)])
+
+    def row(self, number: int) -> Row | None:
+        """The row of that number, or None if it does not exist or belongs to no split."""
+        return self._rows.get(number)
+
+    def clips(self, split: Split | str) -> list[str]:
+        """Distinct clips of a split, in order of first mention."""
+        return list(dict.fromkeys(r.clip for r in self._splits[Split(split)]))
+
+    def frames_folder(self, clip: str) -> Path:
+        return self.root / "media" / clip / "frames"
+
+    def audio_path(self, clip: str) -> Path:
+        return self.root / "media" / clip / "audio.wav"
+
+    def mask_folder(self, row: Row) -> Path:
+        return self.root / "gt_mask" / row.clip / f"fid_{row.fid}"
+
+
+def split_uid(uid: str) -> tuple[str, str, int]:
+    """`<clip>_<class>_<n>` -> (clip, class, n), split from the right: clips may hold '_' and begin with '-'.
+
+    Raises:
+        ValueError: the uid does not have this form, or the clip is not the name of one folder.
+    """
+    parts = uid.rsplit("_", 2)
+    if len(parts) != 3 or not all(parts) or not _NUMBER.fullmatch(parts[2]):
+        raise ValueError("a uid has the form <clip>_<class>_<number>")
+    clip = parts[0]
+    if clip in (".", "..") or any(c in clip for c in "/\\\0:"):
+        raise ValueError("a clip is the name of one folder below media/, without '/', '\\', ':' or '..'")
+    return clip, parts[1], int(parts[2])
+
+
+def _read_metadata(path: Path) -> tuple[list[Row], int]:
+    """Rows of known splits, and the number of all rows of the file."""
+    try:
+        # utf-8-sig: a byte-order mark (a spreadsheet's work) is dropped; newline="" leaves CRLF to the csv module
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            cells = [record for record in csv.reader(file, strict=True) if record]  # blank lines hold no row
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: not found; the root of the data holds metadata.csv. Remedy: set data.root.") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(
+            f"{path}: {error}; the table is comma-separated UTF-8. Remedy: restore the official metadata.csv."
+        ) from error
+    header = tuple(cells[0]) if cells else ()
+    if sorted(header) != sorted(COLUMNS):
+        raise DataError(
+            f"{path}: columns are {list(header)}; they must be {list(COLUMNS)}. Remedy: restore the official metadata.csv."
+        )
+    rows = [_read_row(path, number, header, values) for number, values in enumerate(cells[1:])]
+    return [r for r in rows if r is not None], len(rows)
+
+
+def _read_row(path: Path, number: int, header: tuple[str, ...], values: list[str]) -> Row | None:
+    def fault(field: str, value: object, rule: str) -> DataError:
+        return DataError(
+            f"{path}, row {number} (0-based, header excluded), {field} = {value!r}: {rule}. "
+            "Remedy: correct the row, or restore the official metadata.csv."
+        )
+
+    if len(values) != len(header):
+        raise fault("cells", values, f"a row has {len(header)} cells, this one has {len(values)}")
+    cell = dict(zip(header, values, strict=True))
+    if cell["split"] == UNUSED_SPLIT:
+        return None
+    if cell["split"] not in list(Split):
+        raise fault("split", cell["split"], f"a split is one of {', '.join(Split)} (or {UNUSED_SPLIT}: left out)")
+    if not _NUMBER.fullmatch(cell["fid"]):
+        raise fault("fid", cell["fid"], "an object number is a whole number from 0")
+    if not cell["exp"].strip():
+        raise fault("exp", cell["exp"], "a referring expression is not empty")
+    try:
+        clip, class_name, count = split_uid(cell["uid"])
+    except ValueError as error:
+        raise fault("uid", cell["uid"], str(error)) from error
+    return Row(
+        row=number,
+        vid=cell["vid"],
+        uid=cell["uid"],
+        clip=clip,
+        split=Split(cell["split"]),
+        fid=int(cell["fid"]),
+        reference=cell["exp"].strip(),
+        class_name=class_name,
+        number=count,
+    )
+
+
+def _read_truths(path: Path, rows: set[int]) -> dict[int, tuple[str, dict[str, Any]]]:
+    """row -> (kind, truth) of the mini world; empty where the file is absent (real data)."""
+    if not path.is_file():
+        return {}
+    truths: dict[int, tuple[str, dict[str, Any]]] = {}
+    remedy = "Remedy: write the mini world anew (scripts/make_mini_world.py)."
+    # split at "\n" alone: str.splitlines would also cut at U+2028, which JSON allows inside a string
+    for line, text in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
+        try:
+            record = json.loads(text)
+            number, kind, truth = record["row"], record["kind"], record["truth"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise DataError(f"{path}, line {line}: {error!r}; a line is {{row, kind, truth}} in JSON. {remedy}") from error
+        if number not in rows or number in truths:
+            raise DataError(f"{path}, line {line}: row {number!r} is unknown or named twice. {remedy}")
+        truths[number] = (kind, truth)
+    missing = rows - truths.keys()
+    if missing:
+        raise DataError(f"{path}: {len(missing)} rows have no line, the first is row {min(missing)}. {remedy}")
+    return truths
+
+
+def _with_truth(row: Row, truths: dict[int, tuple[str, dict[str, Any]]]) -> Row:
+    if row.row not in truths:
+        return row
+    kind, truth = truths[row.row]
+    return replace(row, kind=kind, truth=truth)
