@@ -39,25 +39,25 @@ def hash_files(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
     """Write a file whole or not at all (temporary name in the same folder, fsync, rename)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(temporary, "wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of indented JSON; refuses NaN and infinity (ValueError)."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    """`write_bytes` of indented JSON; refuses NaN and infinity (ValueError)."""
+    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """`write_text` of one JSON object per line."""
-    write_text(path, "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records))
+    """`write_bytes` of one JSON object per line."""
+    write_bytes(path, "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records).encode())
 
 
 class PartWriter:

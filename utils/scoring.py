@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from utils.metrics import Counts, Scores, count_frames, score_counts
 from utils.metrics_protocols import fit_logits, fit_masks, get_protocol
@@ -31,7 +32,7 @@ EMPTY_LOGIT = -1e4
 ROW_PROTOCOL = "per_expression"
 """The protocol under which a single row has a score of its own; always computed."""
 
-_FORMAT = re.compile(r"(?:^|\s)It is (?:[a-z][a-z -]* )?\[SEG\]\.$")
+_FORMAT = re.compile(r"(?:^|\s)It is (?:(?P<name>[a-z][a-z -]*) )?\[SEG\]\.$")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class RowResult:
     text: str
     """The whole answer."""
     answer_class: str | None
-    """Class named by the answer."""
+    """Class named by the answer: X of "the target is X", else of "It is X [SEG]."."""
     has_seg: bool
     faithful: bool | None
     """Whether the reasoning is right; None where the true chain is unknown."""
@@ -98,8 +99,7 @@ def score_row(
     """
     if prediction.row != sample.row:
         raise ValueError(f"prediction of row {prediction.row} was paired with row {sample.row} ({sample.uid})")
-    logits = prediction.mask_logits
-    logits = logits if prediction.has_seg else torch.full_like(logits, EMPTY_LOGIT)
+    logits = mask_logits(prediction)
     pieces: dict[str, Scores | Counts] = {}
     for name in dict.fromkeys((*protocols, ROW_PROTOCOL)):
         try:
@@ -116,11 +116,17 @@ def score_row(
         kind=sample.kind,
         class_name=sample.class_name,
         text=prediction.text,
-        answer_class=prediction.class_name,
+        answer_class=prediction.class_name or _short_answer(prediction.text),
         has_seg=prediction.has_seg,
         faithful=faithful(prediction.text, sample.truth, sample.reference) if known else None,
         pieces=pieces,
     )
+
+
+def mask_logits(prediction: Prediction) -> Tensor:
+    """The logits that count, float [T,H,W]: those of an answer without [SEG] are EMPTY_LOGIT everywhere."""
+    logits = prediction.mask_logits
+    return logits if prediction.has_seg else torch.full_like(logits, EMPTY_LOGIT)
 
 
 def score_split(results: Iterable[RowResult], protocols: Sequence[str]) -> dict[str, Any]:
@@ -165,6 +171,12 @@ def pooled_scores(results: Sequence[RowResult], protocol: str) -> dict[str, floa
         return {"S": _percent([b.s for b in batches]), "n": len(results)}
     j, f = _percent([b.j for b in batches]), _percent([b.f for b in batches])
     return {"J": j, "F": f, "J&F": (j + f) / 2, "n": len(results)}
+
+
+def _short_answer(text: str) -> str | None:
+    """X of "It is X [SEG].", the answer of a teacher."""
+    found = _FORMAT.search(text)
+    return found["name"] if found else None
 
 
 def _group(results: Sequence[RowResult], protocols: Sequence[str]) -> dict[str, Any]:
