@@ -151,6 +151,18 @@ def _run_rules(c: RunConfig) -> Iterator[BrokenRule]:
             "more frames are decoded than read",
             "set decode_frames_per_step to num_frames or less",
         )
+    if c.log.samples_every and c.engine.zero_stage == 3:
+        yield BrokenRule(
+            ("log.samples_every", "engine.zero_stage"),
+            "one process cannot write an answer with partitioned weights",
+            "set log.samples_every to 0, or zero_stage to 2",
+        )
+    if c.loss.distill > 0 and c.engine.zero_stage == 3:
+        yield BrokenRule(
+            ("loss.distill", "engine.zero_stage"),
+            "the teacher's pass needs whole weights",
+            "set zero_stage to 2 or less",
+        )
     if c.log.save_every % c.log.every:
         yield BrokenRule(
             ("log.save_every", "log.every"),
@@ -168,6 +180,12 @@ def _grpo_rules(c: RunConfig) -> Iterator[BrokenRule]:
             ("grpo.clip_eps_high", "grpo.clip_eps"),
             "the upper clip is narrower than the lower",
             "set clip_eps_high to clip_eps or more",
+        )
+    if c.log.save_every % g.updates_per_batch:
+        yield BrokenRule(
+            ("log.save_every", "grpo.updates_per_batch"),
+            "a checkpoint between two updates on the same samples would lose the samples",
+            "make save_every a multiple of updates_per_batch",
         )
     if not any(g.reward_weights.values()):
         yield BrokenRule(("grpo.reward_weights",), "no reward has a weight", "give one reward a weight above 0")

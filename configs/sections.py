@@ -125,6 +125,12 @@ class DataConfig(Section):
         "name",
         "paper 3.1",
     )
+    incomplete_reasoning: Literal["error", "drop"] = knob(
+        "error",
+        "rows without a reasoning record, or with one of 2,000 characters or more: refuse the run, or leave them out",
+        "name",
+        "published code sem_seg_dataset.py:402 drops",
+    )
     feature_cache: Literal["none", "memory"] = knob(
         "none", "keep the features of frozen towers by clip in memory", "name", "ours: pays where clips come again"
     )

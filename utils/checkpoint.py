@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import torch
 
 from configs.schema import RunConfig
 from utils import distributed
-from utils.config import git_state, save_config
+from utils.config import differences, git_state, load_config, save_config
 from utils.ds import deepspeed
 from utils.errors import CheckpointError
 from utils.seed import rng_state, set_rng_state
@@ -46,10 +47,20 @@ class Progress:
     """Samples consumed by all processes together: the position in the order of the data."""
 
 
-def save_checkpoint(engine: deepspeed.DeepSpeedEngine, config: RunConfig, progress: Progress) -> Path:
+def save_checkpoint(
+    engine: deepspeed.DeepSpeedEngine,
+    config: RunConfig,
+    progress: Progress,
+    save_weights: Callable[[Path], None] | None = None,
+) -> Path:
     """Write the whole training state below `config.output_dir`; all processes call it, at an optimiser step's end.
 
     Keeps the newest `config.log.keep` checkpoints.
+
+    Args:
+        engine, config, progress: of the run.
+        save_weights: called on every process with the folder being written, for what else belongs into it (the light
+            checkpoint that evaluation and later stages read).
 
     Returns:
         The new folder.
@@ -66,6 +77,8 @@ def save_checkpoint(engine: deepspeed.DeepSpeedEngine, config: RunConfig, progre
     distributed.barrier()
     try:
         engine.save_checkpoint(str(writing), tag=_ENGINE, save_latest=False, exclude_frozen_parameters=True)
+        if save_weights is not None:
+            save_weights(writing)
         torch.save(rng_state(), writing / f"rank_{distributed.rank()}.pt")
         error = None
     except (OSError, RuntimeError) as caught:
@@ -130,6 +143,35 @@ def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> Progress
     set_rng_state(torch.load(folder / f"rank_{distributed.rank()}.pt", weights_only=True))
     distributed.barrier()
     return Progress(manifest["step"], manifest["samples"])
+
+
+def resume(engine: deepspeed.DeepSpeedEngine, config: RunConfig) -> Progress:
+    """Continue from the run's newest complete checkpoint, or start at 0; all processes call it.
+
+    Raises:
+        CheckpointError: it was written with another configuration (in more than `utils.config.FREE_ON_RESUME`), or
+            does not fit, see `load_checkpoint`.
+    """
+    folder = find_checkpoint(config.output_dir)
+    if folder is None:
+        return Progress()
+    changed = differences(config, load_config(folder / "config.yaml"))
+    if changed:
+        raise CheckpointError(
+            f"{folder} was written with another configuration:\n  " + "\n  ".join(changed) + "\nRemedy: take the "
+            "changes back, choose another output_dir, or start anew with --fresh (the earlier run keeps another name)."
+        )
+    progress = load_checkpoint(engine, folder)
+    _log.info("continuing at step %d from %s", progress.step, folder)
+    return progress
+
+
+def put_aside(output: Path) -> None:
+    """Rename an earlier run's folder to `<name>.previous-<n>`; all processes call it."""
+    if distributed.is_main() and output.exists():
+        taken = len(list(output.parent.glob(f"{output.name}.previous-*")))
+        output.rename(output.with_name(f"{output.name}.previous-{taken + 1}"))
+    distributed.barrier()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

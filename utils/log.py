@@ -19,8 +19,8 @@ from utils import distributed
 from utils.checkpoint import write_text
 
 
-def setup_logging() -> None:
-    """Messages of the project on stderr; warnings and worse from every process, the rest from the main one."""
+def setup_logging() -> logging.Logger:
+    """Messages of the project on stderr: warnings and worse of every process, the rest of the main one."""
     logger = logging.getLogger("aurora")
     logger.handlers.clear()
     handler = logging.StreamHandler()
@@ -28,6 +28,12 @@ def setup_logging() -> None:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if distributed.is_main() else logging.WARNING)
     logger.propagate = False
+    return logger
+
+
+def due(every: int, before: int, now: int) -> bool:
+    """Whether a multiple of `every` (0 = never) lies in (before, now]."""
+    return every > 0 and now // every > before // every
 
 
 class Means:
@@ -79,7 +85,7 @@ class RunLog:
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done + 1 if done else None)
+            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done + 1)
         slow = 0.5 if sys.stderr.isatty() else 30.0
         self._bar = tqdm(
             total=steps,

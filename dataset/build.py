@@ -1,0 +1,85 @@
+"""From a run's configuration to preprocessing, clips and batches; the sizes of the model come as plain numbers."""
+
+from __future__ import annotations
+
+import logging
+
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from configs.schema import RunConfig
+from dataset.clips import ClipDataset, ClipSettings
+from dataset.collate import build_loader
+from dataset.cot import read_cot, rows_with_reasoning
+from dataset.mixture import MixtureSampler
+from dataset.processor import AuroraProcessor
+from dataset.prompt import Prompts
+from dataset.refavs import RefAvsIndex
+from utils.errors import DataError
+from utils.types import Sample
+
+_log = logging.getLogger("aurora.data")
+
+
+def build_processor(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, vision_size: int, mel_bins: int
+) -> AuroraProcessor:
+    """Preprocessing of a run.
+
+    Args:
+        config: the run; gives SAM's input size and the sections of frames and sound.
+        tokenizer: of the base.
+        vision_size: side of the vision tower's input, pixels.
+        mel_bins: of the audio tower.
+    """
+    return AuroraProcessor(
+        tokenizer,
+        vision_size,
+        config.model.sam_image_size,
+        mel_bins,
+        config.data.audio_padding_seconds,
+        config.data.frame_resize,
+    )
+
+
+def training_clips(config: RunConfig, processor: AuroraProcessor, prompts: Prompts) -> ClipDataset:
+    """The clips of the training split with their target answers, and the teacher's where the run distils.
+
+    Rows without a usable reasoning are an error or left out, as `data.incomplete_reasoning` says.
+
+    Raises:
+        DataError: metadata or reasoning files are faulty, or no row is left.
+    """
+    data = config.data
+    index = RefAvsIndex(data.root)
+    rows = [row for row in index.rows(data.train_split) if data.null_rows or not row.is_null]
+    cot = {}
+    if data.answer == "reasoning":
+        cot = read_cot(data.cot, index, too_long=data.incomplete_reasoning)
+        if data.incomplete_reasoning == "drop":
+            complete = rows_with_reasoning(rows, cot)
+            _log.info("%d of %d rows have a reasoning, the others are left out", len(complete), len(rows))
+            rows = complete
+    if not rows:
+        raise DataError(f"{data.root}: no row to train on. Remedy: see data.train_split, data.null_rows and data.cot.")
+    settings = ClipSettings(
+        answer=data.answer,
+        teacher_answer=config.sft.teacher_answer if config.stage == "sft" and config.loss.distill > 0 else None,
+        num_frames=data.num_frames,
+        max_image_pixels=data.max_image_pixels,
+        max_audio_seconds=data.max_audio_seconds,
+        seed=config.seed,
+    )
+    return ClipDataset(index, rows, processor, prompts, cot, settings)
+
+
+def training_batches(
+    config: RunConfig, clips: ClipDataset, rank: int = 0, world: int = 1, consumed: int = 0
+) -> DataLoader[Sample]:
+    """An endless loader of this process's batches.
+
+    Args:
+        consumed: samples that all processes together have used already (a resumed run).
+    """
+    order = MixtureSampler([len(clips)], config.seed, rank=rank, world=world, consumed=consumed)
+    return build_loader(clips, order, config.engine.micro_batch, config.data.num_workers, config.seed)

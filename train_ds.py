@@ -1,0 +1,159 @@
+"""Training, every stage: `deepspeed --num_gpus=2 train_ds.py --config configs/sft.yaml [section.field=value ...]`.
+
+One process needs no launcher: `python train_ds.py --config configs/mini/sft.yaml`. `torchrun` works too. A run that was
+interrupted continues from its newest complete checkpoint when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from configs.schema import RunConfig
+from utils.config import check_paths, help_text, load_config, save_config
+from utils.errors import AuroraError, ConfigError, Problem
+
+if TYPE_CHECKING:  # imported late: --help and every configuration error come before anything heavy
+    from model.stages.base import Stage
+    from utils.checkpoint import Progress
+    from utils.ds import deepspeed
+    from utils.log import RunLog
+    from utils.types import Batch
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"fields, as section.field=value (value in YAML):\n{help_text()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, help="YAML file, e.g. configs/sft.yaml")
+    parser.add_argument("--fresh", action="store_true", help="start anew; an earlier run is kept under another name")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        config = load_config(options.config, options.overrides)
+        if config.stage == "eval":
+            raise ConfigError([Problem("stage", "eval", "is no training stage", "use train_ds_test.py")])
+        check_paths(config)
+        run(config, options.fresh)
+    except AuroraError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def run(config: RunConfig, fresh: bool = False) -> None:
+    """Build the parts, train to `optim.steps`, leave the trained weights in `output_dir/final`.
+
+    Args:
+        config: the run.
+        fresh: start at step 0 though the folder holds an earlier run, which is renamed.
+    """
+    from dataset.build import build_processor, training_batches, training_clips
+    from dataset.prompt import Prompts, load_tokenizer
+    from model.aurora.adapters import component_counts, format_counts
+    from model.aurora.build import build_model
+    from model.aurora.trained import save_trained
+    from model.stages.base import build_stage
+    from utils import distributed
+    from utils.checkpoint import put_aside, resume, save_checkpoint
+    from utils.engine import build_engine
+    from utils.log import RunLog, setup_logging
+    from utils.seed import seed_everything
+
+    device = distributed.start(config.engine.threads)
+    logger = setup_logging()
+    output = Path(config.output_dir)
+    if fresh:
+        put_aside(output)
+
+    seed_everything(config.seed)  # the same on every process while weights are made
+    tokenizer, seg_id = load_tokenizer(config.model.base, config.model.seg_token)
+    model = build_model(config, len(tokenizer), seg_id, device)
+    sizes = model.backbone.config
+    processor = build_processor(config, tokenizer, sizes.vision.image_size, sizes.beats.mel_bins)
+    clips = training_clips(config, processor, Prompts(tokenizer, seg_id, config.model.system_prompt))
+    logger.info("%s\n%d rows to train on", format_counts(component_counts(model)), len(clips))
+
+    engine = build_engine(model, config)
+    stage = build_stage(config, engine, tokenizer)
+    seed_everything(config.seed, distributed.rank())
+    progress = resume(engine, config)
+    loader = training_batches(config, clips, distributed.rank(), distributed.world_size(), progress.samples)
+    log = RunLog(output, config.log, config.optim.steps, progress.step)
+    if distributed.is_main():
+        save_config(config, output)
+
+    def save_weights(folder: Path) -> None:
+        save_trained(model, folder, write=distributed.is_main())
+        if distributed.is_main():
+            save_config(config, folder)
+
+    for _ in train(engine, stage, loader, config, progress, log):
+        save_checkpoint(engine, config, progress, save_weights)
+    save_weights(output / "final")
+    log.close()
+    logger.info("done: %d steps, weights in %s", progress.step, output / "final")
+    engine.destroy()
+    distributed.stop()
+
+
+def train(
+    engine: deepspeed.DeepSpeedEngine, stage: Stage, loader: Any, config: RunConfig, progress: Progress, log: RunLog
+) -> Iterator[None]:
+    """The loop of every stage. Counts `progress` up to `optim.steps`; yields where a checkpoint is due."""
+    from utils.distributed import is_main, world_size
+    from utils.engine import gradient_norm
+    from utils.guards import check_finite, check_norm
+    from utils.log import Means, due
+
+    batches, means = iter(loader), Means()
+    accumulation, steps = config.engine.accumulation, config.optim.steps
+    updates = config.grpo.updates_per_batch if config.stage == "grpo" else 1
+    engine.train()
+    while progress.step < steps:
+        start = progress.step
+        # A batch is prepared when its turn comes; only several updates on the same samples need all of them kept.
+        rollouts = ((batch, stage.prepare(batch)) for batch in islice(batches, accumulation))
+        rollouts = list(rollouts) if updates > 1 else rollouts
+        for _ in range(updates):
+            rate = engine.get_lr()[0]
+            for batch, prepared in rollouts:
+                loss = stage.loss(prepared)
+                check_finite(loss, progress.step + 1, batch)
+                engine.backward(loss.total)
+                engine.step()
+                means.add(loss.parts)
+            progress.step += 1
+            norm = gradient_norm(engine)
+            check_norm(norm, progress.step, batch)
+            log.advance()
+            if progress.step % config.log.every == 0:
+                log.metrics(progress.step, {**means.reduce(), "lr": rate, "grad_norm": norm})
+        progress.samples += accumulation * config.engine.micro_batch * world_size()
+        if is_main() and due(config.log.samples_every, start, progress.step):
+            log.samples(progress.step, answers(stage, batch, config.eval.max_new_tokens))
+        if due(config.log.save_every, start, progress.step) or progress.step >= steps:
+            yield
+
+
+def answers(stage: Stage, batch: Batch, max_new_tokens: int) -> list[dict[str, Any]]:
+    """What the model says of the clips at hand, greedily, as records for samples.jsonl."""
+    from model.aurora.inference import predict
+
+    found = predict(stage.model, batch, stage.tokenizer, max_new_tokens)
+    return [
+        {"row": s.row, "uid": s.uid, "reference": s.reference, "answer": p.text, "has_seg": p.has_seg}
+        for s, p in zip(batch.samples, found, strict=True)
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

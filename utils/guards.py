@@ -1,0 +1,49 @@
+"""What stops a run early rather than letting it end quietly wrong."""
+
+from __future__ import annotations
+
+import math
+
+from utils.errors import NonFiniteError
+from utils.types import Batch, StepLoss
+
+
+def check_finite(loss: StepLoss, step: int, batch: Batch) -> None:
+    """Stop on a loss that is NaN or infinite.
+
+    Args:
+        loss: of one micro-batch.
+        step: number of the optimiser step it belongs to, from 1.
+        batch: its samples, for the message.
+
+    Raises:
+        NonFiniteError: with the step, the samples and the parts of the loss.
+    """
+    if bool(loss.total.isfinite()):
+        return
+    parts = ", ".join(f"{name} {float(value):.4g}" for name, value in loss.parts.items())
+    samples = ", ".join(f"{sample.uid} (row {sample.row})" for sample in batch.samples)
+    raise NonFiniteError(
+        f"optimiser step {step}: the loss is {float(loss.total)} ({parts}) on {samples}. Remedy: look at these "
+        "samples, lower optim.lr, or set engine.precision to fp32; the last checkpoint is intact."
+    )
+
+
+def check_norm(norm: float, step: int, batch: Batch) -> None:
+    """Stop on a gradient norm that is NaN or infinite.
+
+    Args:
+        norm: of the whole optimiser step, before clipping.
+        step: from 1.
+        batch: the last micro-batch of this process, for the message.
+
+    Raises:
+        NonFiniteError: with the step and the samples.
+    """
+    if math.isfinite(norm):
+        return
+    samples = ", ".join(f"{sample.uid} (row {sample.row})" for sample in batch.samples)
+    raise NonFiniteError(
+        f"optimiser step {step}: the gradient norm is {norm}; the last samples of this process were {samples}. Remedy: "
+        "lower optim.lr, or set engine.precision to fp32; the last checkpoint is intact."
+    )
