@@ -168,6 +168,7 @@ def test_left_padding_leaves_the_next_token_alone(av: tuple, tiny_backbone: Vide
         out = tiny_backbone.language_model(inputs_embeds=tiny_backbone.embed(packed, media),
                                            attention_mask=packed.attention_mask)  # fmt: skip
         ends = packed.attention_mask.sum(1) - 1 if side == "right" else torch.tensor([-1, -1])
+        assert torch.isfinite(out.logits).all()
         last[side] = out.logits[torch.arange(2), ends]
     close(last["left"], last["right"], LOGITS)
 

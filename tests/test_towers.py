@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from dataset.fbank import kaldi_fbank
 from model.videollama2.audio_tower import AudioTower
 from model.videollama2.backbone import VideoLlama2
-from model.videollama2.beats import BeatsEncoder, relative_buckets
+from model.videollama2.beats import BeatsEncoder, WeightNormConv, relative_buckets
 from model.videollama2.config import BeatsConfig, LanguageConfig, VideoLlama2Config, VisionConfig
 from model.videollama2.vision_tower import VisionTower
 from model.videollama2.weights import load_backbone
@@ -90,6 +90,14 @@ def test_beats_stages(tiny_backbone: VideoLlama2, tiny_inputs: dict, tiny_expect
     close(encoder.layers[0](x, encoder.position_bias(x.shape[1])), tiny_expected["beats_layer0"])
 
 
+def test_weight_norm_holds_its_epsilon() -> None:
+    """w = g * v / sqrt(sum v^2 + 1e-6): with sum v^2 = 1e-6 the kernel is g / sqrt(2) of the unit kernel."""
+    conv = WeightNormConv(4, 3, 2)
+    torch.nn.init.constant_(conv.weight_g, 5.0)
+    torch.nn.init.constant_(conv.weight_v, 1e-3 / math.sqrt(8))
+    close(conv.weight(), torch.full((4, 2, 3), 5 / math.sqrt(2 * 8)), 1e-6)
+
+
 def test_audio_tokens(tiny_backbone: VideoLlama2, tiny_inputs: dict, tiny_expected: dict) -> None:
     fbank = tiny_inputs["fbank_short"]
     close(tiny_backbone.audio_tower(fbank), tiny_expected["beats_out"])
@@ -98,10 +106,11 @@ def test_audio_tokens(tiny_backbone: VideoLlama2, tiny_inputs: dict, tiny_expect
 
 
 def test_thirty_seconds_of_sound(tiny_backbone: VideoLlama2, tiny_inputs: dict, tiny_expected: dict) -> None:
-    """Long distances (clipped buckets) and digital silence."""
+    """Long distances (clipped buckets) and digital silence; the fused softmax over 1496 keys rounds a little more."""
     fbank = kaldi_fbank(F.pad(tiny_inputs["wav_10s"], (0, 20 * 16000))).unsqueeze(0)
     with torch.no_grad():
-        close(tiny_backbone.audio_tower(fbank), tiny_expected["beats_out_30s"], 5e-5)
+        eager = tiny_backbone.audio_tower.encoder.layers[0].self_attn.eager
+        close(tiny_backbone.audio_tower(fbank), tiny_expected["beats_out_30s"], TOLERANCE if eager else 5e-5)
 
 
 def test_relative_buckets(tiny_expected: dict) -> None:
