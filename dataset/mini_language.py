@@ -137,7 +137,9 @@ def audio_step(sounds: tuple[tuple[str, str], ...], rng: np.random.Generator) ->
         return ("The audio is silent.", "I hear nothing in the audio.")[int(rng.integers(2))]
     if len(sounds) == 1:
         name = sounds[0][0]
-        return (f"The audio has only the sound of the {name}.", f"In the audio I hear only the {name}.")[int(rng.integers(2))]
+        return (f"The audio has only the sound of the {name}.", f"In the audio I hear only the {name}.")[
+            int(rng.integers(2))
+        ]
     (first, level), (second, other) = sounds
     return (
         f"The audio starts with the {first}, which is {level}, then comes the {second}, which is {other}.",

@@ -68,7 +68,9 @@ class _Clip:
         return self.scene.sounds if self.replaced_by is None else ((self.replaced_by, "alone"),)
 
 
-def make_mini_world(root: Path, settings: WorldSettings = WorldSettings(), workers: int = 1, progress: bool = True) -> None:
+def make_mini_world(
+    root: Path, settings: WorldSettings = WorldSettings(), workers: int = 1, progress: bool = True
+) -> None:
     """Write the world below `root` (replaced if its settings differ; left alone if they are equal).
 
     Raises:

@@ -1,6 +1,6 @@
 """Write the mini world (the embedded default data) in the official Ref-AVS layout.
 
-    python scripts/make_mini_world.py --out data/mini
+python scripts/make_mini_world.py --out data/mini
 """
 
 from __future__ import annotations

@@ -1,0 +1,229 @@
+"""Pretraining of the mini base's language: recall and reading first, then questions about real clips.
+
+A small model does not bind the words of a question by itself: text exercises (associative recall, comprehension of
+captions) come first, from attention heads initialised to look at the previous token and at a short window. Then the
+whole backbone learns captions and questions about clips, packed as a tree behind one media prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from dataset.mini_language import KINDS
+from model.videollama2.backbone import VideoLlama2
+from scripts.mini_base.corpus import random_scene, recall_exercise, tree
+from scripts.mini_base.perception import Bank, _adamw, _step, schedule, vision_pixels
+from scripts.mini_base.tokens import PackedTree, TreePacker
+from utils.types import IGNORE
+
+LEXICON = (
+    " red green blue yellow purple white drum guitar flute dog cat clock car piano tuba sheep left middle right first "
+    "last loud quiet louder quieter silent sound object making make target"
+).split()
+FILLERS = ", what is the object ? where of on a colour".split()
+
+
+@torch.no_grad()
+def initialise_heads(model: nn.Module, seed: int = 0) -> None:
+    """Start layer 0 with one group of heads on the previous token and one on a window of about six tokens.
+
+    All query and key maps start aligned (a head first looks for equal content), all value and output maps nearly
+    inverse; the two positional groups work through the q/k biases, which rotary embedding turns into a preference
+    for a distance.
+    """
+    config = model.config
+    width, heads, groups = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    size = width // heads
+    generator = torch.Generator().manual_seed(seed)
+    theta = model.config.rope_parameters["rope_theta"]
+    frequency = theta ** (-torch.arange(0, size, 2) / size)
+
+    def orthogonal() -> Tensor:
+        return torch.linalg.qr(torch.randn(width, width, generator=generator))[0]
+
+    for index, layer in enumerate(model.model.layers):
+        attention = layer.self_attn
+        basis = orthogonal()
+        for group in range(groups):
+            rows = slice(group * size, (group + 1) * size)
+            of_group = range(group * heads // groups, (group + 1) * heads // groups)
+            noise = 0.02 * torch.randn(size, width, generator=generator)
+            attention.k_proj.weight[rows] = 0.7 * basis[rows] + noise
+            values = orthogonal()[:size]
+            attention.v_proj.weight[rows] = 0.5 * values
+            for head in of_group:
+                columns = slice(head * size, (head + 1) * size)
+                noise = 0.02 * torch.randn(size, width, generator=generator)
+                attention.q_proj.weight[columns] = 0.7 * basis[rows] + noise
+                attention.o_proj.weight[:, columns] = 0.5 * values.T
+        attention.q_proj.bias.zero_()
+        attention.k_proj.bias.zero_()
+        if index == 0:
+            _prefer_distance(attention, 0, 1.0, 4.0 * (frequency > 0.03).float(), heads // groups, size, frequency)
+            window = 2.2 * ((frequency > 0.03) & (frequency < 0.6)).float()
+            _prefer_distance(attention, 1, 3.0, window, heads // groups, size, frequency)
+
+
+def _prefer_distance(attention: nn.Module, group: int, distance: float, strength: Tensor, heads: int, size: int,
+                     frequency: Tensor) -> None:  # fmt: skip
+    """Bias the heads of a key group so that their scores peak `distance` tokens back."""
+    angle = frequency * distance
+    query = torch.cat([strength, torch.zeros(size // 2)])
+    key = torch.cat([strength * torch.cos(angle), strength * torch.sin(angle)])
+    rows = slice(group * size, (group + 1) * size)
+    attention.k_proj.bias[rows] = key
+    attention.k_proj.weight[rows] *= 0.05
+    for head in range(group * heads, (group + 1) * heads):
+        columns = slice(head * size, (head + 1) * size)
+        attention.q_proj.bias[columns] = query
+        attention.q_proj.weight[columns] *= 0.05
+
+
+class TextTasks:
+    """Batches of text exercises and their loss."""
+
+    def __init__(self, packer: TreePacker, seed: int) -> None:
+        self.packer = packer
+        self.rng = np.random.default_rng(seed)
+        vocabulary = packer.tokenizer.get_vocab()
+        known = [vocabulary.get("Ġ" + word) for word in LEXICON]
+        self.words = [i for i in known if i is not None]
+        found = [vocabulary.get(word, vocabulary.get("Ġ" + word)) for word in FILLERS]
+        self.fillers = [i for i in found if i is not None]
+
+    def recall(self, language: nn.Module, count: int) -> tuple[Tensor, Tensor]:
+        """(loss, accuracy) of `count` recall exercises."""
+        drawn = [recall_exercise(self.words, self.fillers, self.rng) for _ in range(count)]
+        size = max(len(ids) for ids, _ in drawn)
+        ids = torch.zeros(count, size, dtype=torch.long)
+        labels = torch.full((count, size), IGNORE)
+        for i, (a, b) in enumerate(drawn):
+            ids[i, : len(a)], labels[i, : len(b)] = torch.tensor(a), torch.tensor(b)
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = language.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+            wanted = labels[:, 1:] != IGNORE
+            logits = language.lm_head(hidden[wanted]).float()
+        target = labels[:, 1:][wanted]
+        return functional.cross_entropy(logits, target), (logits.argmax(-1) == target).float().mean()
+
+    def comprehension(self, language: nn.Module, count: int) -> tuple[Tensor, dict[str, float]]:
+        """(loss, accuracy by group) of captions of unseen clips followed by questions."""
+        trees = [tree(random_scene(self.rng), self.rng, 0, 12) for _ in range(count)]
+        packed = self.packer(trees, with_media=False)
+        return tree_loss(language, packed, language.model.embed_tokens(packed.ids), {"caption": 0.1})
+
+
+def tree_loss(
+    language: nn.Module, packed: PackedTree, embeddings: Tensor, weights: dict[str, float]
+) -> tuple[Tensor, dict[str, float]]:
+    """Weighted sum over groups of the mean cross entropy, and token accuracy by group (weight 1 unless given)."""
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = language.model(inputs_embeds=embeddings, attention_mask=packed.allowed,
+                                position_ids=packed.positions, use_cache=False).last_hidden_state  # fmt: skip
+        wanted = packed.labels != IGNORE
+        logits = language.lm_head(hidden[wanted]).float()
+    target, group = packed.labels[wanted], packed.groups[wanted]
+    loss = functional.cross_entropy(logits, target, reduction="none")
+    right = (logits.argmax(-1) == target).float()
+    total, accuracy = logits.new_zeros(()), {}
+    families = {name: name.split("-")[0] for name in packed.names}
+    for family in sorted(set(families.values())):
+        members = torch.tensor([i for i, name in enumerate(packed.names) if families[name] == family])
+        chosen = torch.isin(group, members)
+        if chosen.any():
+            total = total + weights.get(family, 1.0) * loss[chosen].mean()
+    for i, name in enumerate(packed.names):
+        if (group == i).any():
+            accuracy[name] = right[group == i].mean().item()
+    return total, accuracy
+
+
+def pretrain_text(model: VideoLlama2, packer: TreePacker, steps: int, report: Callable[[str], None]) -> None:
+    """Recall and reading comprehension on text alone."""
+    language = model.language_model
+    initialise_heads(language)
+    tasks = TextTasks(packer, 3)
+    optimiser = _adamw([language], 2e-3)
+    log: list[tuple[float, float, float]] = []
+    for step, share in enumerate(schedule(steps, optimiser, warmup=100), 1):
+        recall, right = tasks.recall(language, 24)
+        reading, accuracy = tasks.comprehension(language, 6)
+        _step(recall + reading, optimiser)
+        answers = [v for k, v in accuracy.items() if k != "caption"]
+        log.append((recall.item(), right.item(), float(np.mean(answers))))
+        if step % 100 == 0:
+            means = np.mean(log[-100:], 0)
+            report(f"text {step} {share:.0%} recall {means[0]:.3f} acc {means[1]:.3f} reading acc {means[2]:.3f}")
+
+
+def pretrain_joint(
+    model: VideoLlama2, packer: TreePacker, bank: Bank, held_out: int, steps: int, report: Callable[[str], None]
+) -> None:
+    """Captions and questions about clips; the vision tower and BEATs are frozen, the projectors learn along."""
+    language = model.language_model
+    patches, heard = _tower_features(model, bank)
+    tasks = TextTasks(packer, 4)
+    rng = np.random.default_rng(5)
+    optimiser = _adamw([language, model.mm_projector, model.mm_projector_a], 1.5e-3)
+    train = len(bank.scenes) - held_out
+    log: list[tuple[float, dict[str, float]]] = []
+    for step, share in enumerate(schedule(steps, optimiser, warmup=100), 1):
+        index = rng.integers(train, size=12)
+        loss, accuracy = _clip_loss(model, packer, bank, patches, heard, index, rng)
+        recall, _ = tasks.recall(language, 6)
+        reading, _ = tasks.comprehension(language, 2)
+        _step(loss + 0.3 * (recall + reading), optimiser)
+        log.append((loss.item(), accuracy))
+        if step % 50 == 0:
+            recent = log[-50:]
+            mean = np.mean([value for value, _ in recent])
+            report(f"joint {step} {share:.0%} loss {mean:.3f} {_table([accuracies for _, accuracies in recent])}")
+        if step % 500 == 0:
+            report(f"joint {step} held-out {evaluate(model, packer, bank, patches, heard, train)}")
+    report(f"joint held-out {evaluate(model, packer, bank, patches, heard, train)}")
+
+
+def _clip_loss(model: VideoLlama2, packer: TreePacker, bank: Bank, patches: Tensor, heard: Tensor, index: np.ndarray,
+               rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
+    trees = [tree(bank.scenes[i], rng, 12, 5, None if bank.sounds[i] else ()) for i in index]
+    packed = packer(trees)
+    with torch.autocast("cpu", torch.bfloat16):
+        video = model.mm_projector(patches[index].float())
+        audio = model.mm_projector_a(heard[index].float())
+    words = model.language_model.model.embed_tokens(packed.ids)
+    media = torch.cat([video, audio], 1).float()
+    embeddings = words.masked_scatter(packed.media[..., None], media)
+    return tree_loss(model.language_model, packed, embeddings, {"direct": 1.5, "ask": 0.5, "state": 0.5})
+
+
+@torch.no_grad()
+def evaluate(model: VideoLlama2, packer: TreePacker, bank: Bank, patches: Tensor, heard: Tensor, first: int) -> str:
+    """Token accuracy by group on the held-out scenes."""
+    rng = np.random.default_rng(77)
+    rows = [_clip_loss(model, packer, bank, patches, heard, np.arange(i, min(i + 20, len(bank.scenes))), rng)[1]
+            for i in range(first, len(bank.scenes), 20)]  # fmt: skip
+    return _table(rows)
+
+
+def _table(rows: list[dict[str, float]]) -> str:
+    order = ["caption", "direct", *(f"{how}-{kind}" for how in ("ask", "state") for kind in KINDS)]
+    means = {
+        name: np.mean([row[name] for row in rows if name in row]) for name in order if any(name in row for row in rows)
+    }
+    return " ".join(f"{name} {value:.3f}" for name, value in means.items())
+
+
+@torch.no_grad()
+def _tower_features(model: VideoLlama2, bank: Bank) -> tuple[Tensor, Tensor]:
+    """float16 patches [n,T,N,Dv] and BEATs tokens [n,Ma,Da] of the whole bank."""
+    patches, heard = [], []
+    for i in range(0, len(bank.scenes), 25):
+        pixels = vision_pixels(bank.frames[i : i + 25])
+        patches.append(model.vision_tower(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]).half())
+        heard.append(model.audio_tower(bank.fbank[i : i + 25].float()).half())
+    return torch.cat(patches), torch.cat(heard)
