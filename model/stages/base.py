@@ -1,0 +1,181 @@
+"""What every stage is, and what the supervised ones share.
+
+A stage is `prepare(batch)` without gradient, then `loss(prepared)` with it, once per update. `self.engine` is called
+for the forward whose output is differentiated; it is a DeepSpeed engine or the bare model. Everything else goes
+through `self.model`, the `AuroraModel` itself.
+
+Losses of a `StepLoss` stand under the paper's names and are already multiplied by their weights, as the published code
+logs them (LISA_sft_distill.py:418-432): loss = ce_loss + mask_loss + distill_loss, mask_loss = mask_bce_loss +
+mask_dice_loss.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from configs.schema import LossConfig, RunConfig
+from model.aurora.model import AuroraModel
+from model.objectives.mask import MaskLosses, loss_shape, mask_losses, shrink_target
+from utils.types import AuroraOutput, Batch, PackedInputs, StepLoss
+
+STAGES = {
+    "teacher": "model.stages.teacher:TeacherStage",
+    "sft": "model.stages.sft:SftStage",
+    "reflective": "model.stages.reflective:ReflectiveStage",
+    "grpo": "model.stages.grpo:GrpoStage",
+}
+"""Stage name of the configuration -> module and class, imported when it is asked for."""
+
+
+class Stage(ABC):
+    """One training stage.
+
+    Args:
+        config: the run.
+        engine: DeepSpeed engine around an `AuroraModel`, or the bare model.
+        tokenizer: for stages that write or read text.
+    """
+
+    def __init__(self, config: RunConfig, engine: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        self.config = config
+        self.engine = engine
+        self.tokenizer = tokenizer
+
+    @property
+    def model(self) -> AuroraModel:
+        """The joint model inside the engine."""
+        return getattr(self.engine, "module", self.engine)
+
+    @abstractmethod
+    def prepare(self, batch: Batch) -> Any:
+        """What one batch needs before its loss; runs without gradient."""
+
+    @abstractmethod
+    def loss(self, prepared: Any) -> StepLoss:
+        """The differentiable loss of a prepared batch and its parts to log."""
+
+
+@dataclass
+class Prepared:
+    """A batch laid out for a teacher-forced pass."""
+
+    batch: Batch
+    packed: PackedInputs
+    frame_index: Tensor | None
+    """int64 [B,k] frames that get a mask loss; None = all T."""
+    teacher_features: Tensor | None = None
+    """[B,C] f_t of paper eq. 2, or None without distillation."""
+    teacher_has_seg: Tensor | None = None
+    """bool [B]"""
+
+
+class SupervisedStage(Stage):
+    """Cross entropy of the target answer and mask losses at its [SEG] (teacher, SFT and reflective training)."""
+
+    @torch.no_grad()
+    def prepare(self, batch: Batch) -> Prepared:
+        """Lay out prompts and answers, and draw the frames that get a mask loss."""
+        packed = self.model.pack(batch, batch.answers)
+        return Prepared(batch, packed, draw_frames(batch, self.config.model.decode_frames_per_step, self.model.device))
+
+    def loss(self, prepared: Prepared) -> StepLoss:
+        """Weighted sum of cross entropy, mask losses and, where a teacher was asked, distillation."""
+        media = self.model.encode(prepared.batch)
+        output = self.engine(prepared.packed, media, prepared.frame_index)
+        masks = answer_mask_losses(self.model, output, prepared.batch, prepared.frame_index)
+        return combine(self.config.loss, cross_entropy(output), masks, self.distillation(prepared, output))
+
+    def distillation(self, prepared: Prepared, output: AuroraOutput) -> Tensor | None:
+        """Unweighted distance to a teacher's features; None = no such term in this stage."""
+        return None
+
+
+def build_stage(config: RunConfig, engine: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> Stage:
+    """The stage that `config.stage` names.
+
+    Raises:
+        ValueError: the name is no training stage.
+        RuntimeError: the stage's module is not part of this installation.
+    """
+    if config.stage not in STAGES:
+        raise ValueError(f"stage = {config.stage!r}: must be one of {', '.join(STAGES)}")
+    module_name, class_name = STAGES[config.stage].split(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name != module_name:
+            raise
+        raise RuntimeError(f"stage {config.stage!r} is not available: there is no {module_name}") from error
+    return getattr(module, class_name)(config, engine, tokenizer)
+
+
+def draw_frames(batch: Batch, count: int | None, device: torch.device) -> Tensor | None:
+    """int64 [B,count] distinct frames of each clip in rising order, drawn with torch's CPU generator; None = all.
+
+    The published code decodes all 10; fewer cost less, and over the epochs every frame has its turn.
+    """
+    frames = batch.sam_pixels.shape[1]
+    if count is None or count >= frames:
+        return None
+    return torch.stack([torch.randperm(frames)[:count].sort().values for _ in range(len(batch))]).to(device)
+
+
+def cross_entropy(output: AuroraOutput) -> Tensor:
+    """Mean over all answer tokens of the batch, in float32 (paper eq. 1; the mean instead of the sum as published)."""
+    if not len(output.answer_labels):
+        raise ValueError("the batch has no labelled token: every training sample needs answer_ids")
+    return F.cross_entropy(output.answer_logits.float(), output.answer_labels)
+
+
+def answer_mask_losses(
+    model: AuroraModel,
+    output: AuroraOutput,
+    batch: Batch,
+    frame_index: Tensor | None = None,
+    group: int = 1,
+    chosen: Tensor | None = None,
+    longest: int | None = None,
+) -> MaskLosses:
+    """BCE and Dice of the answers that have a [SEG], against the masks of their clips.
+
+    Args:
+        model: gives SAM's upscaling.
+        output: of B * group answers; answer a belongs to clip a // group.
+        batch: B clips with masks at native size.
+        frame_index: int64 [B * group,k], as given to the forward; None = all frames.
+        group: answers per clip.
+        chosen: bool [B * group], answers to leave out besides those without [SEG]; None = none.
+        longest: long side in pixels at which the losses are computed (`loss_shape`); None = native, as published.
+
+    Returns:
+        MaskLosses, zero where no answer remains.
+    """
+    wanted = output.has_seg if chosen is None else output.has_seg & chosen
+    logits, targets = [], []
+    for answer in wanted.nonzero().flatten().tolist():
+        clip = answer // group
+        masks = batch.masks[clip].to(output.mask_logits.device)
+        masks = masks if frame_index is None else masks[frame_index[answer]]
+        size = loss_shape(tuple(masks.shape[-2:]), longest)
+        logits.append(model.segmenter.upscale(output.mask_logits[answer], batch.sam_sizes[clip], size))
+        targets.append(shrink_target(masks, size))
+    return mask_losses(logits, targets)
+
+
+def combine(weights: LossConfig, ce: Tensor, masks: MaskLosses, distill: Tensor | None = None) -> StepLoss:
+    """Total and parts, each part times its weight (paper eq. 6 and 7: weights 1; published 1, 2, 0.5)."""
+    bce, dice = weights.bce * masks.bce, weights.dice * masks.dice
+    parts = {"ce_loss": weights.ce * ce, "mask_bce_loss": bce, "mask_dice_loss": dice, "mask_loss": bce + dice}
+    total = parts["ce_loss"] + parts["mask_loss"]
+    if distill is not None:
+        parts["distill_loss"] = weights.distill * distill
+        total = total + parts["distill_loss"]
+    return StepLoss(total, {name: value.detach() for name, value in {"loss": total, **parts}.items()})

@@ -1,0 +1,138 @@
+"""Stage 1: supervised reasoning with segmentation feature distillation.
+
+| paper | published code | here | why |
+|---|---|---|---|
+| eq. 1, 6: CE + BCE + Dice + MSE, weights 1 | CE + 2 BCE + 0.5 Dice; the MSE is commented out (train_ds.py:245-273, 522-529) | all four, weights by config | the term is in the paper; its weight is nowhere else |
+| eq. 2: MSE(f_t, f_s) between [SEG] features | 256-wide outputs of text_hidden_fcs, teacher's context "It is {class} [SEG]." | the same; mean over width and over answers with [SEG] in both | eq. 2 does not say which answer the teacher reads: `sft.teacher_answer` |
+| 3.1: the teacher is trained before | a second 7B model in memory | the teacher's trained tensors alone, swapped into the student for its pass | they are all that differs: megabytes with adapters |
+| 3.1: the student uses the teacher's SAM decoder, frozen | decoder trained in the trainer of the release (train_ds.py:280) | `sft.freeze_mask_decoder`, see `model.aurora.build` | the paper is explicit |
+| - | f_t computed at every step | kept by metadata row after the first time | teacher and media never change |
+| eq. 1: sum over tokens | mean over the batch's answer tokens | mean | a sum would weigh long answers and outweigh the masks |
+"""  # noqa: E501 (a table)
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedTokenizerBase
+
+from configs.schema import RunConfig
+from model.aurora.features import FeatureCache
+from model.aurora.model import AuroraModel, evaluating
+from model.aurora.trained import Trained, check_fit, read_trained
+from model.objectives.distill import feature_distillation
+from model.stages.base import Prepared, SupervisedStage
+from utils.errors import ConfigError, Problem
+from utils.types import AuroraOutput, Batch, PackedInputs
+
+TOWERS = ("backbone.vision_tower.", "backbone.mm_projector.", "backbone.audio_tower.", "backbone.mm_projector_a.")
+
+
+class SftStage(SupervisedStage):
+    """Cross entropy of the reasoning, mask losses, and the distance to the teacher's [SEG] feature.
+
+    Raises:
+        ConfigError: distillation without a teacher, or under ZeRO-3.
+        WeightsError: the teacher does not fit the student.
+    """
+
+    def __init__(self, config: RunConfig, engine: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        super().__init__(config, engine, tokenizer)
+        self.teacher: FrozenTeacher | None = None
+        if config.loss.distill > 0:
+            if not config.sft.teacher_checkpoint:
+                raise ConfigError([Problem("sft.teacher_checkpoint", None, "distillation needs a teacher", "name one")])
+            self.teacher = FrozenTeacher(self.model, read_trained(config.sft.teacher_checkpoint))
+
+    @torch.no_grad()
+    def prepare(self, batch: Batch) -> Prepared:
+        """Lay the batch out and ask the teacher."""
+        prepared = super().prepare(batch)
+        if self.teacher is not None:
+            prepared.teacher_features, prepared.teacher_has_seg = self.teacher.features(batch)
+        return prepared
+
+    def distillation(self, prepared: Prepared, output: AuroraOutput) -> Tensor | None:
+        """Paper eq. 2."""
+        if self.teacher is None:
+            return None
+        return feature_distillation(
+            prepared.teacher_features, output.seg_features, prepared.teacher_has_seg, output.has_seg
+        )
+
+
+class FrozenTeacher:
+    """The teacher as a second set of values for the student's own modules.
+
+    The two models share base, SAM and the choice of trained parameters, so the teacher is its light checkpoint: for its
+    pass these tensors take the places of the student's (`torch.func.functional_call`), in eval mode and without
+    gradient. Its features are kept by metadata row, because neither it nor the media change.
+
+    Args:
+        model: the student, in whose types and on whose device the tensors are kept.
+        trained: the teacher's light checkpoint.
+
+    Raises:
+        WeightsError: the two do not train the same parameters.
+        ConfigError: the student's parameters are partitioned (ZeRO-3), so that nothing can take their places.
+    """
+
+    def __init__(self, model: AuroraModel, trained: Trained) -> None:
+        check_fit(trained, model)
+        parameters = dict(model.named_parameters())
+        if any(hasattr(p, "ds_id") for p in parameters.values()):
+            raise ConfigError(
+                [
+                    Problem(
+                        "engine.zero_stage", 3, "the teacher of stage sft needs whole parameters", "set it to 2 or less"
+                    )
+                ]
+            )
+        self._tensors = {
+            f"model.{name}": x.to(parameters[name].device, parameters[name].dtype)
+            for name, x in trained.tensors.items()
+        }
+        self._pass = _SegPass(model)
+        # Features cached for the student hold for the teacher only if the teacher's towers are the student's.
+        own_towers = any(name.startswith(TOWERS) for name in trained.tensors)
+        self._cache = FeatureCache("none") if own_towers else None
+        self._known: dict[int, tuple[Tensor, bool]] = {}
+
+    def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """f_t [B,C] and whether the teacher's answer has a [SEG], bool [B].
+
+        Raises:
+            ValueError: a sample without `teacher_ids`.
+        """
+        if any(s.row not in self._known for s in batch.samples):
+            self._compute(batch)
+        found = [self._known[s.row] for s in batch.samples]
+        device = self._pass.model.device
+        return torch.stack([f for f, _ in found]).to(device), torch.tensor([h for _, h in found], device=device)
+
+    @torch.no_grad()
+    def _compute(self, batch: Batch) -> None:
+        empty = [s.row for s in batch.samples if not len(s.teacher_ids)]
+        if empty:
+            raise ValueError(
+                f"metadata rows {empty} have no teacher_ids: samples for stage sft need the teacher's answer"
+            )
+        model = self._pass.model
+        packed = model.pack(batch, [s.teacher_ids for s in batch.samples])
+        with evaluating(model):
+            features = functional_call(self._pass, self._tensors, (batch, packed, self._cache))
+        for sample, feature, has_seg in zip(batch.samples, features.cpu(), packed.has_seg.tolist(), strict=True):
+            self._known[sample.row] = (feature.clone(), has_seg)
+
+
+class _SegPass(nn.Module):
+    """Clips and answers to [SEG] features, as one module call: no lm_head, no masks."""
+
+    def __init__(self, model: AuroraModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, packed: PackedInputs, cache: FeatureCache | None) -> Tensor:
+        hidden = self.model.hidden_states(packed, self.model.encode(batch, masks=False, cache=cache))
+        return self.model.seg_features(hidden, packed)
