@@ -14,15 +14,19 @@ the package leaves to its caller:
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from utils.errors import ConfigError, Problem, WeightsError
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 """Mean of R, G, B in 0..255 that the frames were normalised by (segment_anything/build_sam.py:99)."""
@@ -60,14 +64,15 @@ class SamSizes:
 
     @classmethod
     def from_json(cls, path: str | Path) -> SamSizes:
-        """Read the sizes of a small SAM; unknown and missing fields are a ValueError that names them."""
+        """Read the sizes of a small SAM; unknown and missing fields are a ConfigError that names them."""
         path = Path(path)
         values = json.loads(path.read_text())
         known = {f.name for f in fields(cls)}
         required = {f.name for f in fields(cls) if f.default is MISSING}
         unknown, missing = sorted(set(values) - known), sorted(required - set(values))
         if unknown or missing:
-            raise ValueError(f"{path}: unknown fields {unknown}, missing fields {missing}; known are {sorted(known)}")
+            rule = f"has unknown fields {unknown} and lacks {missing}"
+            raise ConfigError([Problem("model.sam_type", str(path), rule, f"use the fields {sorted(known)}")])
         return cls(**{**values, "global_blocks": tuple(values["global_blocks"])})
 
     def to_json(self, path: str | Path) -> None:
@@ -177,14 +182,16 @@ def build_segmenter(sam_type: str, image_size: int, checkpoint: str | Path | Non
         checkpoint: .pth or .safetensors with the released key names, at this or another image size; None = random.
 
     Raises:
-        ValueError: an unknown type, or an image size that is no multiple of the patch.
-        RuntimeError: the checkpoint does not fit.
+        ConfigError: an unknown type, or an image size that is no multiple of the patch.
+        WeightsError: the checkpoint is missing or does not fit.
     """
     if sam_type not in SAM_SIZES and not Path(sam_type).is_file():
-        raise ValueError(f"sam_type is {sam_type!r}; give one of {sorted(SAM_SIZES)} or an existing JSON of sizes")
+        remedy = f"give one of {', '.join(SAM_SIZES)} or an existing JSON of sizes"
+        raise ConfigError([Problem("model.sam_type", sam_type, "is no SAM that is known", remedy)])
     sizes = SAM_SIZES.get(sam_type) or SamSizes.from_json(sam_type)
     if image_size <= 0 or image_size % sizes.patch_size:
-        raise ValueError(f"sam_image_size is {image_size}; it must be a multiple of the patch, {sizes.patch_size}")
+        rule = f"must be a multiple of SAM's patch, {sizes.patch_size}"
+        raise ConfigError([Problem("model.sam_image_size", image_size, rule, "use 1024 or 224 with the released SAM")])
     segmenter = Segmenter(assemble_sam(sizes, image_size), sizes)
     if checkpoint is not None:
         load_sam_weights(segmenter, checkpoint)
@@ -195,18 +202,11 @@ def load_sam_weights(segmenter: Segmenter, checkpoint: str | Path) -> None:
     """Load released SAM weights strictly, resampling the position tables where the image size differs.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or neither .pth nor .safetensors.
-        RuntimeError: missing, unexpected or misshapen keys, all of them named.
+        WeightsError: no such file, neither .pth nor .safetensors, damaged, or holding more than tensors; missing,
+            unexpected or misshapen keys, all of them named.
     """
     path = Path(checkpoint)
-    if not path.is_file():
-        raise FileNotFoundError(f"SAM checkpoint {path} does not exist (model.sam_checkpoint)")
-    if path.suffix == ".safetensors":
-        state = load_file(path)
-    elif path.suffix == ".pth":
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    else:
-        raise ValueError(f"SAM checkpoint {path} must end in .pth or .safetensors")
+    state = _read_state(path)
     expected = segmenter.sam.state_dict()
     state = resample_position_tables(state, expected, segmenter.sizes.global_blocks)
     problems = [f"missing {key}" for key in expected if key not in state]
@@ -218,9 +218,23 @@ def load_sam_weights(segmenter: Segmenter, checkpoint: str | Path) -> None:
     ]
     if problems:
         listed = "\n  ".join(problems)
-        raise RuntimeError(f"{path} does not fit this SAM (check model.sam_type):\n  {listed}")
+        raise WeightsError(f"{path} does not fit this SAM (check model.sam_type):\n  {listed}")
     segmenter.sam.load_state_dict(state)
     _refresh_dense_pe(segmenter)
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, read without running any code that it may hold."""
+    if not path.is_file():
+        raise WeightsError(f"model.sam_checkpoint = {path}: does not exist. Remedy: download it, or correct the path.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if path.suffix == ".pth":
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise WeightsError(f"model.sam_checkpoint = {path}: cannot be read as tensors ({error})") from error
+    raise WeightsError(f"model.sam_checkpoint = {path}: must end in .pth or .safetensors")
 
 
 def resample_position_tables(

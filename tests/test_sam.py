@@ -23,6 +23,7 @@ from model.sam import (
     resample_grid,
     resample_relative,
 )
+from utils.errors import ConfigError, WeightsError
 
 FIXTURE = Path(__file__).parent / "fixtures" / "videollama2_av_tiny" / "lisa_head"
 SIZES = SamSizes(
@@ -213,23 +214,34 @@ def test_a_checkpoint_that_does_not_fit_names_every_key(tmp_path: Path) -> None:
     del state["mask_decoder.iou_token.weight"]
     state["image_encoder.neck.0.weight"] = torch.zeros(2, 2)
     save_file(state, tmp_path / "bad.safetensors")
-    with pytest.raises(RuntimeError) as error:
+    with pytest.raises(WeightsError) as error:
         build_segmenter(str(tmp_path / "tiny.json"), 32, tmp_path / "bad.safetensors")
     for word in ("missing mask_decoder.iou_token.weight", "unexpected mask_decoder.surplus", "neck.0.weight has shape"):
         assert word in str(error.value)
 
 
 def test_wrong_names_and_sizes_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="vit_b"):
+    with pytest.raises(ConfigError, match="vit_b"):
         build_segmenter("vit_x", 224)
     (tmp_path / "bad.json").write_text('{"encoder_width": 8, "depth": 2}')
-    with pytest.raises(ValueError, match="unknown fields \\['depth'\\]"):
+    with pytest.raises(ConfigError, match="unknown fields \\['depth'\\]"):
         build_segmenter(str(tmp_path / "bad.json"), 32)
     TINY.to_json(tmp_path / "tiny.json")
-    with pytest.raises(ValueError, match="multiple of the patch"):
+    with pytest.raises(ConfigError, match="multiple of SAM's patch"):
         build_segmenter(str(tmp_path / "tiny.json"), 30)
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(WeightsError, match="nowhere"):
         build_segmenter(str(tmp_path / "tiny.json"), 32, tmp_path / "nowhere.pth")
+    for name in ("odd.bin", "broken.pth", "broken.safetensors"):
+        (tmp_path / name).write_bytes(b"no weights")
+        with pytest.raises(WeightsError, match=name):
+            build_segmenter(str(tmp_path / "tiny.json"), 32, tmp_path / name)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    TINY.to_json(tmp_path / "tiny.json")
+    torch.save({"image_encoder.pos_embed": Path("/")}, tmp_path / "code.pth")
+    with pytest.raises(WeightsError, match="code.pth"):
+        build_segmenter(str(tmp_path / "tiny.json"), 32, tmp_path / "code.pth")
 
 
 @pytest.mark.parametrize(("name", "keys", "values"), [("vit_b", 314, 93_735_472), ("vit_h", 594, 641_090_608)])
