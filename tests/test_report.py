@@ -37,8 +37,8 @@ def summary():
 def clip(row=0, **changes):
     picture = jpeg(np.full((12, 20, 3), 90, np.uint8))
     values = dict(split="test_s", row=row, kind="visual", reference=EVIL, class_name="cat", answer_class="dog",
-                  text=f"I see it. {EVIL}! The target is the dog. It is [SEG].", faithful=False, j=12.0, f=34.5,
-                  picture=picture, audio=b"ID3")
+                  text=f"I see it. {EVIL}! The target is the dog. It is [SEG].", faithful=False,
+                  scores={"J": 12.0, "F": 34.5}, picture=picture, audio=b"ID3")
     return Clip(**{**values, **changes})
 
 

@@ -18,12 +18,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from configs.schema import RunConfig
 from utils import distributed
+from utils.config import git_state
 from utils.errors import DataError
 from utils.results import (
     PartWriter,
+    describe_files,
     drop_other_parts,
     encode_masks,
+    hash_files,
     identity_of,
     read_parts,
     write_bytes,
@@ -105,6 +109,29 @@ def evaluate_split(
             bar.update(len(records))
     distributed.barrier()
     return distributed.from_main(_merge(task, parts) if distributed.is_main() else {})
+
+
+def evaluation_facts(config: RunConfig, stage: str, checkpoint: Path) -> dict[str, Any]:
+    """What predictions of a run depend on, for `SplitTask.facts`.
+
+    Args:
+        config: the evaluation, with the checkpoint's model and input settings.
+        stage: that trained the checkpoint.
+        checkpoint: folder with trained.json and trained.safetensors.
+    """
+    base = [path for path in Path(config.model.base).iterdir() if path.is_file()]
+    tables = [path for path in Path(config.data.root).iterdir() if path.is_file()]
+    return {
+        "checkpoint": str(checkpoint),
+        "checkpoint_sha256": hash_files(checkpoint.glob("trained.*")),
+        "stage": stage,
+        "probe": config.eval.probe,
+        "files": describe_files([*base, Path(config.model.sam_checkpoint), *tables]),
+        "git": git_state(),
+        "config": config.model_dump(
+            mode="json", include={"seed", "model", "data", "eval", "engine"}, exclude={"data": {"num_workers"}}
+        ),
+    }
 
 
 def spread(rows: Sequence[int], kinds: Sequence[str], count: int) -> frozenset[int]:

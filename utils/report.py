@@ -39,9 +39,8 @@ class Clip:
     text: str
     """The whole answer."""
     faithful: bool | None
-    j: float
-    """Percent, of this row alone."""
-    f: float
+    scores: Mapping[str, float]
+    """J and F, or S of a null row, of this row alone in percent."""
     picture: bytes
     """JPEG of `visualize.strip`."""
     audio: bytes | None = None
@@ -190,11 +189,12 @@ def _article(clip: Clip, kinds: Sequence[str]) -> str:
         f'<audio controls preload="none" src="{data_uri(clip.audio, "audio/mpeg")}" aria-label="sound"></audio>'
     )
     where = " / ".join(part for part in (clip.split, clip.kind, f"row {clip.row}") if part)
+    numbers = ", ".join(f"{name} {value:.1f}" for name, value in clip.scores.items())
     caption = f"Frames, ground truth and prediction for: {clip.reference}"
     return (
         f'<article data-tags="{" ".join(tags)}"><div><img loading="lazy" alt="{escape(caption)}" '
         f'src="{data_uri(clip.picture, "image/jpeg")}">{sound}</div><div><h3>{escape(clip.reference)}</h3>'
-        f'<p class="meta">{escape(where)}; target {escape(clip.class_name)}; J {clip.j:.1f}, F {clip.f:.1f}</p>'
+        f'<p class="meta">{escape(where)}; target {escape(clip.class_name)}; {numbers}</p>'
         f"<p>{verdict}</p><ol>{steps}</ol></div></article>"
     )
 

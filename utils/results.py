@@ -39,6 +39,12 @@ def hash_files(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def describe_files(paths: Iterable[Path], hash_below: int = 1 << 26) -> dict[str, str]:
+    """File name -> hash of its content, or its size where it has `hash_below` bytes or more (weights of a 7B model)."""
+    sizes = {path: path.stat().st_size for path in sorted(paths)}
+    return {p.name: hash_files([p])[:16] if size < hash_below else f"{size} bytes" for p, size in sizes.items()}
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file whole or not at all (temporary name in the same folder, fsync, rename)."""
     path.parent.mkdir(parents=True, exist_ok=True)

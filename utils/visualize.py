@@ -45,13 +45,15 @@ def strip(
     """A clip at a glance, uint8 [.,.,3] RGB: rows = frames, ground truth, prediction; columns = frames evenly spread.
 
     Args:
-        frames: uint8 [T,H,W,3] RGB.
+        frames: uint8 [T,H,W,3] RGB; frames of another size (exchanged by a probe) are stretched to the masks'.
         truth: bool [T,H,W].
         prediction: bool [T,H,W].
         columns: how many of the T frames are shown.
         max_width: larger frames are shrunk to this many pixels.
     """
     chosen = np.unique(np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int))
+    if frames.shape[1:3] != truth.shape[1:]:
+        frames = np.stack([cv2.resize(frame, truth.shape[:0:-1]) for frame in frames])
     rows = [
         [_shrink(frames[t], max_width) for t in chosen],
         [_shrink(overlay(frames[t], truth[t], TRUTH), max_width) for t in chosen],

@@ -1,0 +1,163 @@
+"""Evaluation: `deepspeed --num_gpus=2 train_ds_test.py --config configs/eval.yaml eval.checkpoint=runs/sft/final`.
+
+One process needs no launcher: `python train_ds_test.py --config configs/mini/eval.yaml`. Every row is answered greedily
+and segmented; J, F, J&F (S on null rows), class accuracy and, where the true chain is known, the share of faithful
+reasoning are printed per split and question kind. A checkpoint of stage teacher does not answer: it reads the true
+class, as it does when it teaches, so its J is what the mask decoder reaches when the words are right.
+
+Files, per split: <eval.output_dir>/<split>/{metrics.json, predictions.jsonl, pictures/, masks/}. An interrupted
+evaluation continues where it stopped when the same command is given again, at any number of processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from configs.schema import RunConfig
+from utils.config import check_paths, help_text, load_config
+from utils.errors import AuroraError, ConfigError, Problem
+
+if TYPE_CHECKING:  # imported late: --help and every configuration error come before anything heavy
+    from transformers import PreTrainedTokenizerBase
+
+    from dataset.refavs import Row
+    from model.aurora.model import AuroraModel
+    from utils.types import Batch, Prediction
+
+INPUT_FIELDS = ("num_frames", "frame_resize", "audio_padding_seconds", "answer")
+"""Fields of `data` that, like the section `model`, are the checkpoint's own unless the command line names them."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=f"fields:\n{help_text()}", formatter_class=layout)
+    parser.add_argument("--config", default="configs/eval.yaml", help="YAML file (default: %(default)s)")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        config, stage = evaluated_config(load_config(options.config, options.overrides), options.overrides)
+        check_paths(config)
+        run(config, stage)
+    except AuroraError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def evaluated_config(config: RunConfig, overrides: Sequence[str]) -> tuple[RunConfig, str]:
+    """The configuration with the checkpoint's model and input settings, and the checkpoint's stage.
+
+    Raises:
+        ConfigError: the stage is not eval, or the checkpoint has no config.yaml.
+    """
+    if config.stage != "eval" or config.eval.checkpoint is None:
+        raise ConfigError([Problem("stage", config.stage, "must be eval", "train with train_ds.py")])
+    folder = Path(config.eval.checkpoint)
+    found = [path for path in (folder / "config.yaml", folder / "final" / "config.yaml") if path.is_file()]
+    if not found:
+        rule, remedy = "holds no config.yaml", "name the folder of a run, or one of its checkpoints"
+        raise ConfigError([Problem("eval.checkpoint", str(folder), rule, remedy)])
+    own = ("model.", *(f"data.{name}=" for name in INPUT_FIELDS))
+    saved = load_config(found[0], [text for text in overrides if text.strip().startswith(own)])
+    data = config.data.model_copy(update={name: getattr(saved.data, name) for name in INPUT_FIELDS})
+    return config.model_copy(update={"model": saved.model, "data": data}), saved.stage
+
+
+def run(config: RunConfig, stage: str) -> dict[str, Any]:
+    """Evaluate every split of the configuration; returns their scores (see `scoring.score_split`)."""
+    from dataset.build import build_processor
+    from dataset.clips import ClipDataset, ClipSettings
+    from dataset.collate import build_loader
+    from dataset.media import read_frames
+    from dataset.mini_language import chain_is_faithful
+    from dataset.prompt import Prompts, load_tokenizer
+    from dataset.refavs import RefAvsIndex
+    from model.aurora.build import build_model
+    from model.aurora.trained import find_trained
+    from utils import distributed
+    from utils.evaluation import evaluate_split, evaluation_facts, evenly
+    from utils.log import setup_logging
+    from utils.tables import split_table
+
+    device = distributed.start(config.engine.threads)
+    logger = setup_logging()
+    tokenizer, seg_id = load_tokenizer(config.model.base, config.model.seg_token)
+    model = build_model(config, len(tokenizer), seg_id, device)
+    sizes = model.backbone.config
+    processor = build_processor(config, tokenizer, sizes.vision.image_size, sizes.beats.mel_bins)
+    prompts = Prompts(tokenizer, seg_id, config.model.system_prompt)
+    index = RefAvsIndex(config.data.root)
+    given = config.data.answer if stage == "teacher" else None
+    settings = ClipSettings(given, None, config.data.num_frames, config.data.max_image_pixels,
+                            config.data.max_audio_seconds, probe=config.eval.probe, seed=config.seed)
+    facts = evaluation_facts(config, stage, find_trained(str(config.eval.checkpoint)))
+    predict = predictor(model, tokenizer, prompts, config.eval.max_new_tokens, given)
+
+    scores = {}
+    for split in config.eval.splits:
+        rows = index.rows(split)
+        if config.eval.limit is not None:
+            rows = [rows[i] for i in evenly(len(rows), min(config.eval.limit, len(rows)))]
+        clips = ClipDataset(index, rows, processor, prompts, settings=settings)
+        scores[split] = evaluate_split(
+            split_task(config, split, rows, facts),
+            lambda order, clips=clips: build_loader(
+                clips, order, config.eval.batch_size, config.data.num_workers, config.seed
+            ),
+            predict,
+            lambda sample: read_frames(index.frames_folder(sample.video_key), config.data.num_frames),
+            chain_is_faithful,
+        )
+        failed = scores[split]["failed"]
+        if failed:
+            logger.info("%s: %d answers without [SEG], scored as empty masks: rows %s", split, len(failed), failed[:20])
+    if distributed.is_main():
+        print(split_table(scores, config.eval.protocol), flush=True)
+        print(f"checkpoint {facts['checkpoint_sha256'][:12]}, probe {config.eval.probe}: {config.eval.output_dir}")
+    distributed.stop()
+    return scores
+
+
+def split_task(config: RunConfig, split: str, rows: Sequence[Row], facts: dict[str, Any]) -> Any:
+    """What `evaluate_split` needs to know of a split."""
+    from utils.evaluation import SplitTask, spread
+
+    numbers = tuple(row.row for row in rows)
+    return SplitTask(
+        folder=Path(config.eval.output_dir) / split,
+        split=split,
+        rows=numbers,
+        protocols=config.eval.protocol,
+        batch_size=config.eval.batch_size,
+        facts=facts,
+        pictures=spread(numbers, [row.kind for row in rows], config.eval.pictures),
+        save_masks=config.eval.save_masks,
+    )
+
+
+def predictor(
+    model: AuroraModel, tokenizer: PreTrainedTokenizerBase, prompts: Any, max_new_tokens: int, given: str | None
+) -> Callable[[Batch], list[Prediction]]:
+    """Batch -> predictions: generated answers, or the true answers of kind `given` read as they stand."""
+    from model.aurora.features import FeatureCache
+    from model.aurora.given import predict_given
+    from model.aurora.inference import predict
+
+    def predict_batch(batch: Batch) -> list[Prediction]:
+        # Clips repeat within a batch. A cache that outlived it would make a prediction depend on earlier batches.
+        model.feature_cache = FeatureCache("memory")
+        if given is None:
+            return predict(model, batch, tokenizer, max_new_tokens)
+        return predict_given(model, batch, [prompts.answer_text(given, name) for name in batch.class_names])
+
+    return predict_batch
+
+
+if __name__ == "__main__":
+    sys.exit(main())

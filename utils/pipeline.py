@@ -1,0 +1,167 @@
+"""A list of commands run in order, each printed before it runs and skipped once it is done.
+
+A step is done when its stamp holds the hash of all it depends on (command, configs, code, weights, earlier steps) and
+its output exists. A step that was interrupted under the same hash is started again in its folder, where the commands
+themselves continue; under another hash its folder is removed first, so that nothing old is mixed into the new.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from utils.errors import AuroraError
+from utils.results import write_bytes, write_json
+
+
+class StepError(AuroraError):
+    """A command of the pipeline failed."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command and what it leaves."""
+
+    name: str
+    command: tuple[str, ...]
+    """A script and its arguments, run by python or by DeepSpeed's launcher."""
+    folder: Path
+    """Written by this step alone; removed before a start under another hash than the last."""
+    output: Path
+    """Exists once the command is done."""
+    sources: tuple[str, ...]
+    """Glob patterns, relative to the project, of all files that the result depends on."""
+    needs: tuple[str, ...] = ()
+    """Names of earlier steps."""
+    parallel: bool = False
+    """Whether it runs in several processes."""
+    stamps: Path | None = None
+    """Where its stamp is kept: None = with the pipeline; elsewhere if several pipelines share its output."""
+
+
+class Pipeline:
+    """Runs steps below `folder`; stamps and times are kept in `folder/steps`.
+
+    Args:
+        root: the project, in which the commands run.
+        folder: of the stamps.
+        processes: of a step that is `parallel`.
+        lock: keeps a second run (or a command that outlived its parent) from writing the same files.
+    """
+
+    def __init__(self, root: Path, folder: Path, processes: int, lock: IO[str]) -> None:
+        self.root, self.stamps, self.processes, self.lock = root, folder / "steps", processes, lock
+        self.hashes: dict[str, str] = {}
+        self.seconds: dict[str, float] = {}
+
+    def run(self, step: Step) -> None:
+        """Run a step unless it is done.
+
+        Raises:
+            StepError: the command ended with another status than 0, or left no output.
+        """
+        self.hashes[step.name] = digest = self._digest(step)
+        stamps = step.stamps or self.stamps
+        done, begun = stamps / f"{step.name}.json", stamps / f"{step.name}.begun"
+        stamp = json.loads(done.read_text()) if done.is_file() else {}
+        if stamp.get("hash") == digest and step.output.exists():
+            self.seconds[step.name] = stamp["seconds"]
+            print(f"== {step.name}: done before in {stamp['seconds']:.0f} s", flush=True)
+            return
+        if begun.is_file() and begun.read_text() != digest:
+            shutil.rmtree(step.folder, ignore_errors=True)
+        write_bytes(begun, digest.encode())
+        command = self._launched(step)
+        print(f"== {step.name}: {shlex.join(command)}", flush=True)
+        start = time.monotonic()
+        status = self._call(command)
+        seconds = time.monotonic() - start
+        if status != 0 or not step.output.exists():
+            reason = f"ended with status {status}" if status else f"left no {step.output}"
+            raise StepError(f"step {step.name} {reason}: {shlex.join(command)}. Remedy: see its message above.")
+        write_json(done, {"hash": digest, "seconds": seconds, "command": command})
+        self.seconds[step.name] = seconds
+
+    def _launched(self, step: Step) -> tuple[str, ...]:
+        """The command line; the launcher is no part of a step's hash, since its port changes."""
+        if not step.parallel or self.processes == 1:
+            return ("python", *step.command)
+        return ("deepspeed", "--num_gpus", str(self.processes), "--master_port", str(_free_port()), *step.command)
+
+    def _call(self, command: Sequence[str]) -> int:
+        """Run a command with this interpreter's `bin` first in PATH; it ends with this process."""
+        path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+        child = subprocess.Popen(
+            command,
+            cwd=self.root,
+            env={**os.environ, "PATH": path},
+            pass_fds=(self.lock.fileno(),),
+            preexec_fn=_end_with_parent,
+        )
+        try:
+            return child.wait()
+        except BaseException:
+            child.terminate()
+            child.wait()
+            raise
+
+    def _digest(self, step: Step) -> str:
+        digest = hashlib.sha256(json.dumps([step.command, [self.hashes[name] for name in step.needs]]).encode())
+        for path in _files(self.root, step.sources):
+            digest.update(f"{path.relative_to(self.root)}\0".encode() + path.read_bytes() + b"\0")
+        return digest.hexdigest()
+
+
+@contextmanager
+def locked(path: Path, patience: float = 20.0) -> Iterator[IO[str]]:
+    """Hold a file lock; waits a moment for a process that is about to end.
+
+    Raises:
+        StepError: another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + patience
+    with open(path, "w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise StepError(
+                        f"{path.parent}: another run is writing there. Remedy: wait for it, or choose another --out."
+                    ) from None
+                time.sleep(0.5)
+        yield file
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _files(root: Path, patterns: Iterable[str]) -> list[Path]:
+    """Every file once, in order of its path."""
+    return sorted({path for pattern in patterns for path in root.glob(pattern) if path.is_file()})
+
+
+def _end_with_parent() -> None:
+    """Ask Linux to terminate this process when its parent dies, however that happens."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
