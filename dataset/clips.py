@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dataset.cot import CotRecord
-from dataset.media import frame_indexes, image_size, list_images, read_audio, read_frames, read_masks
+from dataset.media import frame_indexes, list_images, read_audio, read_frames, read_masks
 from dataset.processor import AuroraProcessor
 from dataset.prompt import AnswerKind, Prompts
 from dataset.refavs import Row
@@ -116,14 +116,17 @@ class ClipDataset(Dataset[Sample]):
 
     def _sample(self, row: Row) -> Sample:
         settings, processor = self.settings, self.processor
+        frames = self._frames(row.clip)
+        # The probe exchanges what the language model sees. SAM keeps the row's own frames: with others no mask could
+        # be right, whatever the answer.
         video_clip = self._other[row.split, row.clip] if settings.probe == "shuffle_video" else row.clip
-        frames = read_frames(self.index.frames_folder(video_clip), settings.num_frames, settings.max_image_pixels)
-        masks = self._masks(row, tuple(frames.shape[1:3]) if video_clip == row.clip else None)
-        if len(masks) != len(frames):
+        seen = frames if video_clip == row.clip else self._frames(video_clip)
+        if len(seen) != len(frames):
             raise DataError(
-                f"{len(masks)} masks, but the frames exchanged with clip {video_clip} are {len(frames)}. "
+                f"{len(frames)} frames, but those of clip {video_clip}, exchanged for them, are {len(seen)}. "
                 "Remedy: set data.num_frames, or choose another probe."
             )
+        masks = self._masks(row, tuple(frames.shape[1:3]))
         sam_pixels, sam_size = processor.sam_pixels(frames)
         fbank, audio_key = self._sound(row)
         return Sample(
@@ -134,7 +137,7 @@ class ClipDataset(Dataset[Sample]):
             class_name=row.class_name,
             reference=row.reference,
             kind=row.kind,
-            pixel_values=processor.vision_pixels(frames),
+            pixel_values=processor.vision_pixels(seen),
             sam_pixels=sam_pixels,
             sam_size=sam_size,
             fbank=fbank,
@@ -148,13 +151,16 @@ class ClipDataset(Dataset[Sample]):
             truth=row.truth,
         )
 
-    def _masks(self, row: Row, size: tuple[int, int] | None) -> np.ndarray:
-        """bool [T,H,W] of the row's own clip; `size` None = read from its first frame.
+    def _frames(self, clip: str) -> np.ndarray:
+        settings = self.settings
+        return read_frames(self.index.frames_folder(clip), settings.num_frames, settings.max_image_pixels)
+
+    def _masks(self, row: Row, size: tuple[int, int]) -> np.ndarray:
+        """bool [T,H,W] of the row's clip, whose frames have `size` (height, width).
 
         A null row's mask is empty by definition, so its folder may be absent; one that is there must agree.
         """
         paths = list_images(self.index.frames_folder(row.clip))
-        size = image_size(paths[0]) if size is None else size
         wanted = self.settings.num_frames
         indexes = list(range(len(paths))) if wanted is None else frame_indexes(len(paths), wanted)
         folder = self.index.mask_folder(row)
@@ -162,7 +168,9 @@ class ClipDataset(Dataset[Sample]):
             return np.zeros((len(indexes), *size), dtype=bool)
         masks = read_masks(folder, len(paths), size, indexes, self.settings.max_image_pixels)
         if row.is_null and masks.any():
-            raise DataError(f"{folder}: a null row has an empty mask, this one marks an object. Remedy: remove the folder.")
+            raise DataError(
+                f"{folder}: a null row's mask is empty, this one marks an object. Remedy: remove the folder."
+            )
         return masks
 
     def _sound(self, row: Row) -> tuple[Tensor, str]:
@@ -193,7 +201,7 @@ def derangement(clips: Sequence[str], seed: int) -> dict[str, str]:
         DataError: fewer than two clips.
     """
     if len(clips) < 2:
-        raise DataError(f"{len(clips)} clips: an exchange needs two. Remedy: choose a larger split, or probe zero_audio.")
+        raise DataError(f"{len(clips)} clips: an exchange needs two. Remedy: choose a larger split or another probe.")
     order = torch.randperm(len(clips), generator=torch.Generator().manual_seed(seed)).tolist()
     return {clips[a]: clips[b] for a, b in zip(order, [*order[1:], order[0]], strict=True)}
 
@@ -202,7 +210,7 @@ def _check_reasoning(rows: Sequence[Row], cot: Mapping[int, CotRecord]) -> None:
     missing = [row for row in rows if row.row not in cot]
     if missing:
         raise DataError(
-            f"{len(missing)} of {len(rows)} rows have no reasoning, the first is {missing[0].uid} (row {missing[0].row}). "
+            f"{len(missing)} of {len(rows)} rows have no reasoning, first {missing[0].uid} (row {missing[0].row}). "
             "Remedy: complete data.cot, or keep the rows that have one (rows_with_reasoning)."
         )
     for row in rows:

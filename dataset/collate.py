@@ -48,7 +48,10 @@ def collate(samples: Sequence[Sample]) -> LoadedBatch:
     pixel_values, sam_pixels, fbank = (_stack(samples, name) for name in _STACKED)
     for sample in samples:
         if len(sample.masks) != len(sample.pixel_values):
-            raise DataError(f"sample {sample.uid} (row {sample.row}): {len(sample.masks)} masks, {len(sample.pixel_values)} frames.")
+            raise DataError(
+                f"sample {sample.uid} (row {sample.row}): {len(sample.masks)} masks, "
+                f"{len(sample.pixel_values)} frames; each frame has one mask. Remedy: restore the clip."
+            )
     shared = [
         replace(s, pixel_values=p, sam_pixels=z, fbank=f)
         for s, p, z, f in zip(samples, pixel_values, sam_pixels, fbank, strict=True)

@@ -1,6 +1,6 @@
 """Reasoning records: JSON Lines keyed by metadata row.
 
-    {"row": 12, "uid": "<clip>_<class>_<n>", "reasoning": "In the video ... the target is the cello.", "target": "cello"}
+    {"row": 12, "uid": "<clip>_cello_1", "reasoning": "In the video ... the target is the cello.", "target": "cello"}
 
 The published file is one JSON list joined by position with the train rows (AURORA utils/sem_seg_dataset.py:378-410): a
 file in another order mislabels silently. Here every record names its row and repeats its uid, and both are checked.
@@ -47,7 +47,7 @@ def read_cot(
     Args:
         paths: JSONL files; blank lines are passed over.
         index: the metadata that rows and uids are checked against; None = not checked.
-        too_long: whether a reasoning of MAX_CHARACTERS or more is reported ("error") or left out ("drop", as published).
+        too_long: a reasoning of MAX_CHARACTERS or more is reported ("error") or left out ("drop", as published).
 
     Raises:
         DataError: all faulty lines at once (the first 20 in words), each with file, line number, rule and remedy.
@@ -61,7 +61,9 @@ def read_cot(
             try:
                 record = _parse(text, index)
                 if record.row in records:
-                    raise ValueError(f"row {record.row} is already given in {origin[record.row]}. Remedy: keep one of the two.")
+                    raise ValueError(
+                        f"row {record.row} is given in {origin[record.row]} too. Remedy: keep one of the two."
+                    )
             except ValueError as error:
                 faults.append(f"{where}: {error}")
                 continue
@@ -105,7 +107,7 @@ def import_published(
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file. Remedy: download the published reasoning file.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: no valid JSON ({error}). Remedy: download the published reasoning file again.") from error
+        raise DataError(f"{path}: no valid JSON ({error}). Remedy: download the published file again.") from error
     if not isinstance(elements, list) or len(elements) != len(rows):
         found = f"{len(elements)} elements" if isinstance(elements, list) else f"a {type(elements).__name__}"
         raise DataError(
@@ -139,7 +141,7 @@ def _lines(path: Path) -> list[tuple[int, str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file. Remedy: set data.cot, or write it with scripts/generate_cot.py.") from error
+        raise DataError(f"{path}: no such file. Remedy: set data.cot, or run scripts/generate_cot.py.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: {error}; the file is UTF-8. Remedy: convert it.") from error
     # split at "\n" alone: str.splitlines would also cut at U+2028, which JSON allows inside a string
@@ -153,11 +155,14 @@ def _parse(text: str, index: RefAvsIndex | None) -> CotRecord:
     except json.JSONDecodeError as error:
         raise ValueError(f"malformed JSON ({error}). Remedy: write one JSON object per line.") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"a {type(fields).__name__}; a line is one JSON object. Remedy: write {{row, uid, reasoning, target}}.")
+        raise ValueError(
+            f"a {type(fields).__name__}. Remedy: write one object {{row, uid, reasoning, target}} per line."
+        )
     for name, kind in (("row", int), ("uid", str), ("reasoning", str), ("target", str)):
         value = fields.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(f"{name} = {value!r}; must be {'a whole number' if kind is int else 'text'}. Remedy: write it.")
+            rule = "a whole number" if kind is int else "text"
+            raise ValueError(f"{name} = {value!r}; must be {rule}. Remedy: write it.")
     if not fields["target"].strip():
         raise ValueError("target is empty; it names the class that the reasoning arrives at. Remedy: write it.")
     row, uid = fields["row"], fields["uid"]
@@ -169,7 +174,9 @@ def _parse(text: str, index: RefAvsIndex | None) -> CotRecord:
                 "Remedy: use the reasoning file of this metadata.csv."
             )
         if known.uid != uid:
-            raise ValueError(f"row {row} has uid {known.uid!r}, not {uid!r}. Remedy: use the reasoning file of this metadata.csv.")
+            raise ValueError(
+                f"row {row} has uid {known.uid!r}, not {uid!r}. Remedy: use the reasoning file of this metadata.csv."
+            )
     return CotRecord(row, uid, _clean(fields["reasoning"]), fields["target"].strip())
 
 

@@ -50,10 +50,10 @@ def kaldi_fbank(wave: Tensor, mel_bins: int = 128, samples: int | None = None) -
         ValueError: not one-dimensional float32, shorter than one window, or longer than `samples`.
     """
     if wave.ndim != 1 or wave.dtype != torch.float32:
-        raise ValueError(f"wave: {wave.dtype} {list(wave.shape)}; must be float32 [samples]. Remedy: average the channels.")
+        raise ValueError(f"wave: {wave.dtype} {list(wave.shape)}; must be float32 [samples]. Remedy: average channels.")
     total = len(wave) if samples is None else samples
     if len(wave) > total:
-        raise ValueError(f"wave: {len(wave)} samples, more than the {total} to pad to. Remedy: raise the padded length.")
+        raise ValueError(f"wave: {len(wave)} samples, padded length {total}. Remedy: raise the padded length.")
     frames = frame_count(total)
     if frames == 0:
         raise ValueError(f"wave: {total} samples; one window needs {WINDOW}. Remedy: use a longer sound.")
@@ -114,7 +114,8 @@ def _mel_filters(mel_bins: int) -> Tensor:
     step = (high - low) / (mel_bins + 1)
     number = torch.arange(mel_bins, dtype=torch.float32)
     left, centre, right = (low + (number + k) * step for k in (0.0, 1.0, 2.0))
-    mel = (1127.0 * (1.0 + SAMPLE_RATE / _FFT * torch.arange(_FFT // 2, dtype=torch.float32) / 700.0).log()).unsqueeze(1)
+    hertz = SAMPLE_RATE / _FFT * torch.arange(_FFT // 2, dtype=torch.float32)
+    mel = (1127.0 * (1.0 + hertz / 700.0).log()).unsqueeze(1)
     triangles = torch.minimum((mel - left) / (centre - left), (right - mel) / (right - centre)).clamp_min_(0.0)
     return torch.nn.functional.pad(triangles, (0, 0, 0, 1))
 

@@ -42,18 +42,20 @@ def list_images(folder: Path) -> list[Path]:
     for name in names:
         match = _NUMBERED.fullmatch(name)
         if match is None:
-            raise DataError(f"{folder / name}: an image is named by its number alone, as 0.jpg. Remedy: rename or remove it.")
+            raise DataError(f"{folder / name}: an image is named by its number, as 0.jpg. Remedy: rename or remove it.")
         number = int(match.group(1))
         if number in found:
-            raise DataError(f"{folder / name}: number {number} is also {found[number].name}. Remedy: remove one of the two.")
+            raise DataError(
+                f"{folder / name}: number {number} is also {found[number].name}. Remedy: remove one of them."
+            )
         found[number] = folder / name
     if not found:
         raise DataError(f"{folder}: holds no image. Remedy: restore the clip from the benchmark's archive.")
     for number in range(len(found)):
         if number not in found:
             raise DataError(
-                f"{folder}: image {number} is missing, though {max(found)} exists; images are numbered 0..n-1 without a gap. "
-                "Remedy: restore the missing file."
+                f"{folder}: image {number} is missing, though {max(found)} exists; images are numbered 0..n-1 "
+                "without a gap. Remedy: restore the missing file."
             )
     return [found[number] for number in range(len(found))]
 
@@ -65,7 +67,7 @@ def frame_indexes(total: int, count: int) -> list[int]:
         DataError: fewer than `count` frames exist. (Upstream repeats or paints black frames.)
     """
     if total < count:
-        raise DataError(f"{total} frames, {count} wanted. Remedy: lower data.num_frames, or restore the missing frames.")
+        raise DataError(f"{total} frames, {count} wanted. Remedy: lower data.num_frames, or restore missing frames.")
     segment = (total - 1) / count
     return [round(segment * (k + 0.5) + 1e-6) for k in range(count)]
 
@@ -90,14 +92,15 @@ def read_frames(folder: Path, count: int | None = None, max_pixels: int | None =
             paths = [paths[i] for i in frame_indexes(len(paths), count)]
         except DataError as error:
             raise DataError(f"{folder}: {error}") from error
-    frames = [_read_image(path, cv2.IMREAD_COLOR_RGB, max_pixels) for path in paths]
+    frames = [_read_image(path, cv2.IMREAD_COLOR, max_pixels) for path in paths]
     for path, frame in zip(paths, frames, strict=True):
         if frame.shape != frames[0].shape:
             raise DataError(
                 f"{path}: {frame.shape[1]}x{frame.shape[0]} pixels, but {paths[0].name} has "
-                f"{frames[0].shape[1]}x{frames[0].shape[0]}; frames of a clip share one size. Remedy: extract the clip again."
+                f"{frames[0].shape[1]}x{frames[0].shape[0]}; frames of a clip share one size. "
+                "Remedy: extract the clip again."
             )
-    return np.stack(frames)
+    return np.stack([cv2.cvtColor(frame, cv2.COLOR_BGR2RGB) for frame in frames])
 
 
 def read_masks(
@@ -133,8 +136,8 @@ def read_masks(
         image = _read_image(paths[index], cv2.IMREAD_GRAYSCALE, max_pixels)
         if image.shape != tuple(size):
             raise DataError(
-                f"{paths[index]}: {image.shape[1]}x{image.shape[0]} pixels, but the frame has {size[1]}x{size[0]}; a mask has "
-                "its frame's size. Remedy: restore mask and frame from one release."
+                f"{paths[index]}: {image.shape[1]}x{image.shape[0]} pixels, but the frame has {size[1]}x{size[0]}; "
+                "a mask has its frame's size. Remedy: restore mask and frame from one release."
             )
         mask = image == 255
         if not np.array_equal(mask, image != 0):
@@ -175,7 +178,8 @@ def read_audio(path: Path, sample_rate: int = SAMPLE_RATE, max_seconds: float | 
             raise DataError(f"{path}: holds no sound (0 samples). {remedy}")
         if max_seconds is not None and info.duration > max_seconds:
             raise DataError(
-                f"{path}: {info.duration:.1f} s, limit {max_seconds:g} s. Remedy: cut it, or raise data.max_audio_seconds."
+                f"{path}: {info.duration:.1f} s, limit {max_seconds:g} s. "
+                "Remedy: cut it, or raise data.max_audio_seconds."
             )
         wave, rate = librosa.load(path, sr=None, mono=False, dtype=np.float32)
     except soundfile.SoundFileError as error:
@@ -254,12 +258,13 @@ def _header_size(path: Path, data: bytes) -> tuple[int, int]:
 
 
 def _read_image(path: Path, mode: int, max_pixels: int | None) -> np.ndarray:
-    """uint8 [H,W,3] or [H,W]; the orientation tag is ignored, as masks are drawn on the stored pixels."""
+    """uint8 [H,W,3] BGR or [H,W]; the orientation tag is ignored, as masks are drawn on the stored pixels."""
     data = _read_bytes(path)
     height, width = _header_size(path, data)
     if max_pixels is not None and height * width > max_pixels:
         raise DataError(
-            f"{path}: {width}x{height} pixels, limit {max_pixels}. Remedy: scale it down, or raise data.max_image_pixels."
+            f"{path}: {width}x{height} pixels, limit {max_pixels}. "
+            "Remedy: scale it down, or raise data.max_image_pixels."
         )
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), mode | cv2.IMREAD_IGNORE_ORIENTATION)

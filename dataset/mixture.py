@@ -36,10 +36,11 @@ def mixture_members(sizes: Sequence[int], counts: Sequence[int | None], seed: in
         wanted = size if count is None else count
         if not 0 <= wanted <= size:
             raise ValueError(
-                f"source {source}: {wanted} samples wanted of {size}. Remedy: lower the count, or give a longer reasoning file."
+                f"source {source}: {wanted} samples wanted of {size}. "
+                "Remedy: lower the count, or give a longer reasoning file."
             )
-        chosen = torch.arange(size) if wanted == size else torch.randperm(size, generator=_generator(seed, -1, source))[:wanted]
-        members.append(chosen.sort().values + offset)
+        drawn = torch.randperm(size, generator=_generator(seed, -1, source))[:wanted]
+        members.append(drawn.sort().values + offset)
         offset += size
     return torch.cat(members)
 

@@ -47,7 +47,7 @@ class AuroraProcessor:
         audio_windows: int | None = 10,
     ) -> None:
         if frame_resize not in ("warp", "pad"):
-            raise ValueError(f"frame_resize = {frame_resize!r}: must be 'warp' or 'pad'. Remedy: set data.frame_resize.")
+            raise ValueError(f"frame_resize = {frame_resize!r}: must be warp or pad. Remedy: set data.frame_resize.")
         self.tokenizer = tokenizer
         self.vision_size = vision_size
         self.sam_size = sam_size

@@ -8,8 +8,8 @@ Qwen2's chat template, tokenised in pieces as the published code does (VideoLLaM
 tokenizer_multimodal_token): the negative placeholder id stands between the pieces before and after `<video>`. One
 placeholder stands for a clip with sound: it becomes [video tokens, audio tokens].
 
-Control ids are set by this module alone. Text from data files goes through a tokenizer that knows no added token, so a
-reference or a reasoning that spells "[SEG]", "<video>" or "<|im_start|>" is read as those characters and steers nothing.
+Control ids are set by this module alone. Text from data files goes through a tokenizer that knows no added token: a
+reference or a reasoning that spells "[SEG]", "<video>" or "<|im_start|>" is read as those characters, steering nothing.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ SYSTEM_PROMPTS: dict[str, str | None] = {
     # AURORA utils/sem_seg_dataset.py:503-507, two spaces and one line break included: LLaMA-2's safety text with its
     # <<SYS>> marks, put in Qwen2's system turn. The base checkpoint was tuned with Qwen2's own default.
     "llama2": (
-        "<<SYS>>\nYou are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being "
-        "safe.  Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal "
-        "content. Please ensure that your responses are socially unbiased and positive in nature.\n"
-        "If a question does not make any sense, or is not factually coherent, explain why instead of answering something "
-        "not correct. If you don't know the answer to a question, please don't share false information.\n<</SYS>>"
+        "<<SYS>>\nYou are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while "
+        "being safe.  Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or "
+        "illegal content. Please ensure that your responses are socially unbiased and positive in nature.\n"
+        "If a question does not make any sense, or is not factually coherent, explain why instead of answering "
+        "something not correct. If you don't know the answer to a question, please don't share false information.\n"
+        "<</SYS>>"
     ),
     "qwen2": "You are a helpful assistant.",
     "none": None,
@@ -67,10 +68,11 @@ def load_tokenizer(folder: str | Path, seg_token: str = "[SEG]") -> tuple[PreTra
     """
     folder = Path(folder)
     if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
-        raise DataError(f"{folder}: holds neither tokenizer.json nor vocab.json. Remedy: name the folder of the base model.")
+        raise DataError(f"{folder}: no tokenizer.json and no vocab.json. Remedy: name the folder of the base model.")
     tokenizer = Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True)
     vocabulary = tokenizer.get_vocab()
-    missing = [t for t in (_IM_START, _IM_END, _END_OF_TEXT) if t not in vocabulary or tokenizer.encode(t) != [vocabulary[t]]]
+    control = (_IM_START, _IM_END, _END_OF_TEXT)
+    missing = [t for t in control if t not in vocabulary or tokenizer.encode(t) != [vocabulary[t]]]
     if missing:
         raise DataError(
             f"{folder}: {', '.join(missing)} is no single token; the chat template needs Qwen2's control tokens. "
@@ -101,7 +103,7 @@ class Prompts:
         self._seg_token = tokenizer.convert_ids_to_tokens(seg_id)
         self._start, self._end = tokenizer.convert_tokens_to_ids([_IM_START, _IM_END])
         self._plain = _without_added_tokens(tokenizer)
-        for token, control_id in zip((self._seg_token, _IM_START, _IM_END), (seg_id, self._start, self._end), strict=True):
+        for token, control_id in ((self._seg_token, seg_id), (_IM_START, self._start), (_IM_END, self._end)):
             if control_id in self._text(token):
                 raise DataError(
                     f"tokenizer: {token} is an ordinary word of it, so data text could spell it. "
@@ -147,7 +149,7 @@ class Prompts:
         if kind != "reasoning":
             raise ValueError(f"answer = {kind!r}: must be 'reasoning', 'class' or 'plain'. Remedy: set data.answer.")
         if not reasoning:
-            raise ValueError("answer 'reasoning' without a reasoning. Remedy: give a CoT file, or answer by class or plainly.")
+            raise ValueError("answer 'reasoning' without a reasoning. Remedy: give a CoT file, or another data.answer.")
         return f"{reasoning} It is "
 
     def _text(self, text: str) -> list[int]:

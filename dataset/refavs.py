@@ -20,7 +20,7 @@ import csv
 import json
 import re
 from dataclasses import dataclass, replace
-from enum import StrEnum
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ UNUSED_SPLIT = "TODO"
 _NUMBER = re.compile(r"[0-9]{1,9}")
 
 
-class Split(StrEnum):
-    """The splits of Ref-AVS Bench, by their names in metadata.csv."""
+class Split(str, Enum):
+    """The splits of Ref-AVS Bench, by their names in metadata.csv. A member is its name as text, too."""
 
     TRAIN = "train"
     VAL = "val"
@@ -43,6 +43,8 @@ class Split(StrEnum):
     """Clips with at least one class that training never names."""
     TEST_N = "test_n"
     """Null references: nothing in the clip answers to them."""
+
+    __str__ = str.__str__
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def _read_metadata(path: Path) -> tuple[list[Row], int]:
         with open(path, encoding="utf-8-sig", newline="") as file:
             cells = [record for record in csv.reader(file, strict=True) if record]  # blank lines hold no row
     except FileNotFoundError as error:
-        raise DataError(f"{path}: not found; the root of the data holds metadata.csv. Remedy: set data.root.") from error
+        raise DataError(f"{path}: not found; the data's root holds metadata.csv. Remedy: set data.root.") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(
             f"{path}: {error}; the table is comma-separated UTF-8. Remedy: restore the official metadata.csv."
@@ -146,7 +148,8 @@ def _read_metadata(path: Path) -> tuple[list[Row], int]:
     header = tuple(cells[0]) if cells else ()
     if sorted(header) != sorted(COLUMNS):
         raise DataError(
-            f"{path}: columns are {list(header)}; they must be {list(COLUMNS)}. Remedy: restore the official metadata.csv."
+            f"{path}: columns are {list(header)}; they must be {list(COLUMNS)}. "
+            "Remedy: restore the official metadata.csv."
         )
     rows = [_read_row(path, number, header, values) for number, values in enumerate(cells[1:])]
     return [r for r in rows if r is not None], len(rows)
@@ -199,7 +202,7 @@ def _read_truths(path: Path, rows: set[int]) -> dict[int, tuple[str, dict[str, A
             record = json.loads(text)
             number, kind, truth = record["row"], record["kind"], record["truth"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(f"{path}, line {line}: {error!r}; a line is {{row, kind, truth}} in JSON. {remedy}") from error
+            raise DataError(f"{path}, line {line}: {error!r}; a line is JSON {{row, kind, truth}}. {remedy}") from error
         if number not in rows or number in truths:
             raise DataError(f"{path}, line {line}: row {number!r} is unknown or named twice. {remedy}")
         truths[number] = (kind, truth)
