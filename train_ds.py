@@ -63,7 +63,7 @@ def run(config: RunConfig, fresh: bool = False) -> None:
     from model.aurora.trained import save_trained
     from model.stages.base import build_stage
     from utils import distributed
-    from utils.checkpoint import put_aside, resume, save_checkpoint
+    from utils.checkpoint import claim, put_aside, resume, save_checkpoint
     from utils.engine import build_engine
     from utils.log import RunLog, setup_logging
     from utils.seed import seed_everything
@@ -71,6 +71,7 @@ def run(config: RunConfig, fresh: bool = False) -> None:
     device = distributed.start(config.engine.threads)
     logger = setup_logging()
     output = Path(config.output_dir)
+    held = claim(output)
     if fresh:
         put_aside(output)
 
@@ -103,6 +104,7 @@ def run(config: RunConfig, fresh: bool = False) -> None:
     logger.info("done: %d steps, weights in %s", progress.step, output / "final")
     engine.destroy()
     distributed.stop()
+    del held
 
 
 def train(

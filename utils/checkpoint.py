@@ -12,6 +12,7 @@ the disk damaged it; a damaged one is skipped with a warning.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -20,7 +21,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -164,6 +165,36 @@ def resume(engine: deepspeed.DeepSpeedEngine, config: RunConfig) -> Progress:
     progress = load_checkpoint(engine, folder)
     _log.info("continuing at step %d from %s", progress.step, folder)
     return progress
+
+
+def claim(output: Path) -> IO[str] | None:
+    """Hold a run's folder for the life of this process, so that no two runs write into one; all processes call it.
+
+    Returns:
+        What holds it (keep it), on the main process.
+
+    Raises:
+        CheckpointError: another process holds it.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    holder, error = None, None
+    if distributed.is_main():
+        path = output.parent / f".{output.name}.lock"  # beside the folder, which may be renamed
+        holder = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder.seek(0)
+            owner = holder.read().strip()
+            error = f"{output}: process {owner} is writing there. Remedy: wait, stop it, or choose another output_dir."
+        else:
+            holder.truncate(0)
+            holder.write(str(os.getpid()))
+            holder.flush()
+    error = distributed.from_main(error)
+    if error:
+        raise CheckpointError(error)
+    return holder
 
 
 def put_aside(output: Path) -> None:

@@ -40,24 +40,24 @@ class FeatureCache:
     def fetch(self, tower: str, keys: Sequence[str], compute: Callable[[list[int]], Tensor]) -> Tensor:
         """Features of the B rows that `keys` name.
 
+        In mode "memory" new clips are computed one by one: the last bits of a batched result depend on what else is in
+        the batch, and a resumed run, whose memory is empty, meets its clips in other company.
+
         Args:
             tower: name of the tower.
             keys: B clip keys; equal keys share one entry.
             compute: given row indices [R] of the batch, their features [R,...] on the compute device.
 
         Returns:
-            [B,...] on the device of `compute`'s result; read from the cache bit for bit.
+            [B,...] on the device of `compute`'s result, or on the CPU if nothing was new; from the memory bit for bit.
         """
         if self.mode == "none":
             return compute(list(range(len(keys))))
-        new = {key: row for row, key in reversed(list(enumerate(keys))) if (tower, key) not in self._stored}
-        rows = sorted(new.values())
-        fresh = compute(rows) if rows else None
-        if fresh is not None:
-            for row, features in zip(rows, fresh.detach(), strict=True):
-                # A clone, or the entry would hold the memory of the whole batch.
-                self._stored[tower, keys[row]] = features.to("cpu", copy=True)
-            if len(rows) == len(keys):
-                return fresh
-        kept = torch.stack([self._stored[tower, key] for key in keys])
-        return kept if fresh is None else kept.to(fresh.device)
+        device = torch.device("cpu")
+        for row, key in enumerate(keys):
+            if (tower, key) not in self._stored:
+                features = compute([row])[0].detach()
+                device = features.device
+                # A copy, or the entry would hold the memory of the whole result.
+                self._stored[tower, key] = features.to("cpu", copy=True)
+        return torch.stack([self._stored[tower, key] for key in keys]).to(device)

@@ -105,25 +105,41 @@ class FrozenTeacher:
         Raises:
             ValueError: a sample without `teacher_ids`.
         """
-        if any(s.row not in self._known for s in batch.samples):
-            self._compute(batch)
+        for i, sample in enumerate(batch.samples):
+            if sample.row not in self._known:
+                self._known[sample.row] = self._compute(_one(batch, i))
         found = [self._known[s.row] for s in batch.samples]
         device = self._pass.model.device
         return torch.stack([f for f, _ in found]).to(device), torch.tensor([h for _, h in found], device=device)
 
     @torch.no_grad()
-    def _compute(self, batch: Batch) -> None:
-        empty = [s.row for s in batch.samples if not len(s.teacher_ids)]
-        if empty:
+    def _compute(self, batch: Batch) -> tuple[Tensor, bool]:
+        """f_t [C] on the CPU and whether there is a [SEG], of a batch of one.
+
+        One sample at a time, so that not even the last bits depend on which samples a run happened to meet first.
+        """
+        sample = batch.samples[0]
+        if not len(sample.teacher_ids):
             raise ValueError(
-                f"metadata rows {empty} have no teacher_ids: samples for stage sft need the teacher's answer"
+                f"metadata row {sample.row} has no teacher_ids: samples for stage sft need the teacher's answer"
             )
         model = self._pass.model
-        packed = model.pack(batch, [s.teacher_ids for s in batch.samples])
+        packed = model.pack(batch, [sample.teacher_ids])
         with evaluating(model):
             features = functional_call(self._pass, self._tensors, (batch, packed, self._cache))
-        for sample, feature, has_seg in zip(batch.samples, features.cpu(), packed.has_seg.tolist(), strict=True):
-            self._known[sample.row] = (feature.clone(), has_seg)
+        return features[0].to("cpu", copy=True), bool(packed.has_seg[0])
+
+
+def _one(batch: Batch, i: int) -> Batch:
+    """Sample i of a batch as a batch of its own."""
+    rows = slice(i, i + 1)
+    return Batch(
+        batch.samples[rows],
+        batch.pixel_values[rows],
+        batch.sam_pixels[rows],
+        batch.fbank[rows],
+        batch.masks[rows],
+    )
 
 
 class _SegPass(nn.Module):
