@@ -129,7 +129,9 @@ def evaluation_facts(config: RunConfig, stage: str, checkpoint: Path) -> dict[st
         "files": describe_files([*base, Path(config.model.sam_checkpoint), *tables]),
         "git": git_state(),
         "config": config.model_dump(
-            mode="json", include={"seed", "model", "data", "eval", "engine"}, exclude={"data": {"num_workers"}}
+            mode="json",
+            include={"seed", "model", "data", "eval", "engine"},
+            exclude={"data": {"num_workers"}, "eval": {"output_dir"}},
         ),
     }
 
