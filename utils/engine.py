@@ -71,14 +71,30 @@ def build_engine(model: nn.Module, config: RunConfig) -> deepspeed.DeepSpeedEngi
     optim = config.optim
     groups = parameter_groups(model.named_parameters(), optim)
     optimizer = torch.optim.AdamW(groups, optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
+    settings = deepspeed_config(config.engine, optim)
+    if config.engine.zero_stage == 0 and config.engine.precision == "fp32":
+        # Here DeepSpeed clips without telling the norm, so both are done before the optimiser's step.
+        settings["gradient_clipping"] = 0.0
+        optimizer.register_step_pre_hook(_ClipAndMeasure(optim.clip_norm))
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
         lr_scheduler=lambda wrapped: LambdaLR(wrapped, LearningRate(optim)),
-        config=deepspeed_config(config.engine, optim),
+        config=settings,
         dist_init_required=False,
     )
     return engine
+
+
+class _ClipAndMeasure:
+    """Clips the gradient to a norm (0 = not) and leaves the norm before clipping where the engine looks for it."""
+
+    def __init__(self, clip_norm: float) -> None:
+        self.clip_norm = clip_norm or math.inf
+
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        optimizer._global_grad_norm = nn.utils.clip_grad_norm_(parameters, self.clip_norm)
 
 
 def deepspeed_config(engine: EngineConfig, optim: OptimConfig) -> dict[str, Any]:
@@ -112,5 +128,4 @@ def trainable_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
 
 def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float:
     """Norm of the last optimiser step's gradient before clipping (over all parameters and ranks)."""
-    norm = engine.get_global_grad_norm()
-    return float("nan") if norm is None else float(norm)
+    return float(engine.get_global_grad_norm())

@@ -1,0 +1,61 @@
+"""Checkpoints: bit-equal at every ZeRO stage, pruned, verified, never half-written."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.engine_cases import COMBINATIONS
+from tests.test_engine import run_case
+from utils import log
+from utils.checkpoint import claim, put_aside, write_text
+from utils.errors import CheckpointError
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_resume_is_bit_equal(processes: int, tmp_path: Path) -> None:
+    found = run_case("resume_all", str(tmp_path), processes=processes)
+    assert found == {f"{zero} {precision}": True for zero, precision in COMBINATIONS}
+
+
+def test_kept_skipped_refused(tmp_path: Path) -> None:
+    found = run_case("keep_and_damage", str(tmp_path))
+    assert found["kept"] == ["latest", "step_000002", "step_000003"] and found["latest"] == "step_000003"
+    for damage in ("after a flipped bit", "after a cut", "beside an unfinished one"):
+        assert found[damage] == "step_000002"
+    assert "written by 5 processes, this run has 1. Remedy: start 5 processes" in found["other world"]
+    assert "body.weight" in found["other parameters"] and "Remedy" in found["other parameters"]
+    assert found["all damaged"] is None
+
+
+def test_metrics_are_cut_at_the_resumed_step(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st', encoding="utf-8")
+    log._keep_rows(path, 2)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_one_writer_per_folder(tmp_path: Path) -> None:
+    held = claim(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="is writing there. Remedy: wait"):
+        claim(tmp_path / "run")
+    fcntl.flock(held, fcntl.LOCK_UN)
+    claim(tmp_path / "run").close()
+
+
+def test_put_aside_counts(tmp_path: Path) -> None:
+    for number in (1, 2):
+        (tmp_path / "run").mkdir()
+        put_aside(tmp_path / "run")
+        assert (tmp_path / f"run.previous-{number}").is_dir()
+    put_aside(tmp_path / "run")
+    assert not (tmp_path / "run.previous-3").exists()
+
+
+def test_write_text_leaves_nothing_behind(tmp_path: Path) -> None:
+    write_text(tmp_path / "x", "one")
+    write_text(tmp_path / "x", "two")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("x", "two")]
