@@ -57,7 +57,8 @@ class ClipSettings:
     keep_frames: bool = False
     """Keep the native frames in the sample, for pictures."""
     probe: Probe = "none"
-    """Ablation of the input: another clip's sound or frames of the same split, or silence. Masks stay the row's own."""
+    """Ablation of what the language model perceives: another clip's sound or frames of the same split, or silence. What
+    SAM sees, the masks and the pictures stay the row's own."""
     seed: int = 0
     """Of the probe's exchange."""
 

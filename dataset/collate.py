@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 
 import cv2
 import torch
@@ -18,6 +19,7 @@ _STACKED = {
     "sam_pixels": "frames for SAM; clips of a batch need the same number of frames (data.num_frames)",
     "fbank": "sounds; clips of a batch need the same length (data.audio_padding_seconds)",
 }
+_LISTED = ("masks", "prompt_ids", "answer_ids", "teacher_ids")
 
 
 @dataclass
@@ -38,7 +40,8 @@ class LoadedBatch(Batch):
 def collate(samples: Sequence[Sample]) -> LoadedBatch:
     """Stack what must be equal, keep lists of what may differ (text lengths, native mask sizes).
 
-    The samples of the batch share the stacked memory: nothing crosses a process boundary twice.
+    The samples share the batch's memory, and lists of tensors share one block each: nothing crosses a process boundary
+    twice, and a batch takes seven open files there, however many samples it holds.
 
     Raises:
         DataError: no sample, or unequal frame counts, pixel sizes or sound lengths; names the samples.
@@ -52,11 +55,10 @@ def collate(samples: Sequence[Sample]) -> LoadedBatch:
                 f"sample {sample.uid} (row {sample.row}): {len(sample.masks)} masks, "
                 f"{len(sample.pixel_values)} frames; each frame has one mask. Remedy: restore the clip."
             )
-    shared = [
-        replace(s, pixel_values=p, sam_pixels=z, fbank=f)
-        for s, p, z, f in zip(samples, pixel_values, sam_pixels, fbank, strict=True)
-    ]
-    return LoadedBatch(shared, pixel_values, sam_pixels, fbank, [s.masks for s in samples])
+    fields = {"pixel_values": pixel_values, "sam_pixels": sam_pixels, "fbank": fbank}
+    fields |= {name: _joined([getattr(s, name) for s in samples]) for name in _LISTED}
+    shared = [replace(s, **{name: field[i] for name, field in fields.items()}) for i, s in enumerate(samples)]
+    return LoadedBatch(shared, pixel_values, sam_pixels, fbank, [s.masks for s in shared])
 
 
 def build_loader(
@@ -71,6 +73,8 @@ def build_loader(
         workers: decoding processes, kept between epochs; 0 = decode in this process.
         seed: of the workers' generators (samples do not draw from them).
     """
+    if workers > 0:
+        import_module("librosa.core")  # librosa loads it at first use: once here, not once in every forked worker
     return DataLoader(
         dataset,
         batch_size=batch_size,
@@ -88,6 +92,12 @@ def init_worker(worker: int) -> None:
     """One thread per worker: more would contend for the cores that the ranks share."""
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
+
+
+def _joined(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same tensors as views of one block."""
+    flat = torch.cat([t.flatten() for t in tensors]).split([t.numel() for t in tensors])
+    return [part.view(t.shape) for part, t in zip(flat, tensors, strict=True)]
 
 
 def _stack(samples: Sequence[Sample], name: str) -> Tensor:

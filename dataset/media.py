@@ -104,7 +104,12 @@ def read_frames(folder: Path, count: int | None = None, max_pixels: int | None =
 
 
 def read_masks(
-    folder: Path, count: int, size: tuple[int, int], indexes: list[int] | None = None, max_pixels: int | None = None
+    folder: Path,
+    count: int,
+    size: tuple[int, int],
+    indexes: list[int] | None = None,
+    max_pixels: int | None = None,
+    any_value: bool = False,
 ) -> np.ndarray:
     """Masks of one object, one for each frame of its clip.
 
@@ -118,6 +123,7 @@ def read_masks(
         size: (height, width) of the frames.
         indexes: the masks wanted; None = all.
         max_pixels: larger images are refused before they are decoded.
+        any_value: every value but 0 is foreground (AVSBench marks objects with grey levels of their class).
 
     Returns:
         bool [T,H,W].
@@ -139,8 +145,8 @@ def read_masks(
                 f"{paths[index]}: {image.shape[1]}x{image.shape[0]} pixels, but the frame has {size[1]}x{size[0]}; "
                 "a mask has its frame's size. Remedy: restore mask and frame from one release."
             )
-        mask = image == 255
-        if not np.array_equal(mask, image != 0):
+        mask = image != 0
+        if not any_value and not np.array_equal(mask, image == 255):
             odd = sorted(set(np.unique(image).tolist()) - {0, 255})
             raise DataError(
                 f"{paths[index]}: values {odd[:5]}; a mask holds 0 (background) and 255 (object) only. "
@@ -148,11 +154,6 @@ def read_masks(
             )
         masks.append(mask)
     return np.stack(masks)
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) from the header alone."""
-    return _header_size(path, _read_bytes(path))
 
 
 def read_audio(path: Path, sample_rate: int = SAMPLE_RATE, max_seconds: float | None = None) -> np.ndarray:

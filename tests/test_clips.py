@@ -21,7 +21,7 @@ from dataset.mixture import MixtureSampler, mixture_members, shard
 from dataset.processor import AuroraProcessor
 from dataset.prompt import Prompts, load_tokenizer
 from dataset.refavs import RefAvsIndex
-from tests.data_builders import write_clip, write_tokenizer, write_world
+from tests.data_builders import write_clip, write_metadata, write_tokenizer, write_world
 from utils.errors import DataError
 from utils.types import Batch, Sample
 
@@ -229,16 +229,17 @@ def test_probes_exchange_media_and_keep_the_masks(parts: Parts) -> None:
 
 
 def test_exchanged_frames_leave_sam_its_own(tmp_path: Path, parts: Parts) -> None:
-    rows = [(v, f"{v}_dog_1", "val", 0, "The dog") for v in ("a", "b")]
-    world = write_world(tmp_path, rows[:1], seconds=0.1, size=(48, 64))
-    write_clip(tmp_path, "b", seconds=0.1, size=(40, 20))
-    write_world(tmp_path / "table", rows, frames=1, seconds=0.1)
-    (tmp_path / "table" / "metadata.csv").replace(tmp_path / "metadata.csv")
-    parts = (RefAvsIndex(world), *parts[1:])
-    own, exchanged = _dataset(parts, "val")[0], _dataset(parts, "val", probe="shuffle_video")[0]
-    assert exchanged.masks.shape == (10, 48, 64) and exchanged.masks.any()
+    write_metadata(tmp_path, [(v, f"{v}_dog_1", "val", 0, "The dog") for v in ("a", "b")])
+    write_clip(tmp_path, "a", seconds=0.1, size=(48, 64))
+    write_clip(tmp_path, "b", seconds=0.1, size=(40, 20), frames=12)
+    parts = (RefAvsIndex(tmp_path), *parts[1:])
+    own = _dataset(parts, "val", num_frames=5)[0]
+    exchanged = _dataset(parts, "val", num_frames=5, probe="shuffle_video", keep_frames=True)[0]
+    assert exchanged.masks.shape == (5, 48, 64) and exchanged.masks.any() and exchanged.video_key == "b"
     assert torch.equal(exchanged.sam_pixels, own.sam_pixels) and exchanged.sam_size == own.sam_size
-    assert not torch.equal(exchanged.pixel_values, own.pixel_values)
+    assert not torch.equal(exchanged.pixel_values, own.pixel_values) and exchanged.frames.shape == (5, 48, 64, 3)
+    with pytest.raises(DataError, match=r"a_dog_1 \(row 0\): 10 frames, but those of clip b, .* are 12.*Remedy"):
+        _dataset(parts, "val", probe="shuffle_video")[0]
 
 
 def test_probe_needs_two_clips_and_a_known_name(tmp_path: Path, parts: Parts) -> None:
@@ -262,17 +263,15 @@ def test_collate(parts: Parts, count: int) -> None:
     assert batch.to("cpu", torch.bfloat16).pixel_values.dtype == torch.bfloat16
 
 
-def test_collate_keeps_ragged_masks_and_refuses_unequal_stacks(
-    tmp_path: Path, parts: Parts, processor: AuroraProcessor
-) -> None:
+def test_collate_keeps_ragged_masks_and_refuses_unequal_stacks(tmp_path: Path, parts: Parts) -> None:
     rows = [(v, f"{v}_dog_1", "val", 0, "The dog " * n) for n, v in enumerate(("same", "tall", "few", "long"), 1)]
-    world = write_world(tmp_path, rows[:1], seconds=0.5)
+    write_metadata(tmp_path, rows)
+    write_clip(tmp_path, "same", seconds=0.5)
     write_clip(tmp_path, "tall", seconds=0.5, size=(70, 50))
     write_clip(tmp_path, "few", seconds=0.5, frames=8)
     write_clip(tmp_path, "long", seconds=0.6)
-    table = write_world(tmp_path / "table", rows, frames=1, seconds=0.1) / "metadata.csv"
-    table.replace(tmp_path / "metadata.csv")
-    same, tall, few, long = map(_dataset((RefAvsIndex(world), *parts[1:]), "val", answer="plain").__getitem__, range(4))
+    val = _dataset((RefAvsIndex(tmp_path), *parts[1:]), "val", answer="plain")
+    same, tall, few, long = (val[i] for i in range(4))
     assert collate([same, tall]).mask_sizes == [(48, 64), (70, 50)]
     with pytest.raises(DataError, match=r"pixel_values: sample same_dog_1 .*few_dog_1 .*data\.num_frames"):
         collate([same, few])
