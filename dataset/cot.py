@@ -2,7 +2,7 @@
 
     {"row": 12, "uid": "<clip>_cello_1", "reasoning": "In the video ... the target is the cello.", "target": "cello"}
 
-The published file is one JSON list joined by position with the train rows (AURORA utils/sem_seg_dataset.py:378-410): a
+The published file is one JSON list joined by position with the train rows (AURORA utils/sem_seg_dataset.py:386-407): a
 file in another order mislabels silently. Here every record names its row and repeats its uid, and both are checked.
 `import_published` converts the published file once.
 """
@@ -20,7 +20,7 @@ from dataset.refavs import RefAvsIndex, Row, Split
 from utils.errors import DataError
 
 MAX_CHARACTERS = 2000
-"""A reasoning of this many characters or more is too long (AURORA utils/sem_seg_dataset.py:402)."""
+"""A reasoning of this many characters or more is too long (AURORA utils/sem_seg_dataset.py:398)."""
 _SHOWN = 20
 _ENDING = re.compile(r"\s*It is \[SEG\]\s*\.?\s*$", re.IGNORECASE)
 

@@ -2,7 +2,7 @@
 
 Equal to `torchaudio.compliance.kaldi.fbank(wave * 2**15, num_mel_bins, sample_frequency=16000, frame_length=25,
 frame_shift=10)` (bit-equal on the parity fixture), without needing torchaudio. Everything is float32: the published
-code rounds the result to bfloat16 before it is normalised (AURORA utils/sem_seg_dataset.py:219), up to 0.03 off.
+code rounds the result to bfloat16 before it is normalised (AURORA utils/sem_seg_dataset.py:220), up to 0.03 off.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def kaldi_fbank(wave: Tensor, mel_bins: int = 128, samples: int | None = None) -
 
 
 def layout_clips(wave: Tensor, windows: int = 10, seconds: float = 1.0, sample_rate: int = SAMPLE_RATE) -> Tensor:
-    """Evenly spaced windows of a sound, joined (AURORA utils/sem_seg_dataset.py:185-210).
+    """Evenly spaced windows of a sound, joined (AURORA utils/sem_seg_dataset.py:191-210).
 
     Ten 1-s windows tile a 10-s clip exactly; a shorter clip is read with overlaps, a longer one with gaps.
 

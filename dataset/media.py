@@ -2,7 +2,7 @@
 
 Readers: opencv for images, librosa for sound, decord for video files. Every failure is a DataError that names the file
 and the remedy (`dataset.clips` adds the sample). The published loader pads, truncates or substitutes 30 s of silence
-instead (AURORA utils/sem_seg_dataset.py:190-201, VideoLLaMA2 mm_utils.py:302).
+instead (AURORA utils/sem_seg_dataset.py:197-201, VideoLLaMA2 mm_utils.py:302).
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def read_masks(
 
 
 def read_audio(path: Path, sample_rate: int = SAMPLE_RATE, max_seconds: float | None = None) -> np.ndarray:
-    """Mono sound: the mean of the channels, Fourier-resampled as published (AURORA utils/sem_seg_dataset.py:133-139).
+    """Mono sound: the mean of the channels, Fourier-resampled as published (AURORA utils/sem_seg_dataset.py:147-152).
 
     Args:
         path: a file that libsndfile reads (wav, flac, ogg, mp3).

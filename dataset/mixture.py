@@ -1,7 +1,7 @@
 """The order of samples: a pure function of (sizes, counts, seed, epoch), dealt to ranks and resumed by one counter.
 
 The published loader draws a random row with replacement at every step and ignores the index it is asked for (AURORA
-utils/sem_seg_dataset.py:464), so it has no epochs and cannot be resumed. Here every row comes exactly once per epoch,
+utils/sem_seg_dataset.py:460), so it has no epochs and cannot be resumed. Here every row comes exactly once per epoch,
 over all ranks together.
 """
 

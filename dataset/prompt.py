@@ -30,7 +30,7 @@ SystemPrompt = Literal["llama2", "qwen2", "none"]
 AnswerKind = Literal["reasoning", "class", "plain"]
 
 SYSTEM_PROMPTS: dict[str, str | None] = {
-    # AURORA utils/sem_seg_dataset.py:503-507, two spaces and one line break included: LLaMA-2's safety text with its
+    # AURORA utils/sem_seg_dataset.py:513-519, two spaces and one line break included: LLaMA-2's safety text with its
     # <<SYS>> marks, put in Qwen2's system turn. The base checkpoint was tuned with Qwen2's own default.
     "llama2": (
         "<<SYS>>\nYou are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while "
@@ -44,7 +44,7 @@ SYSTEM_PROMPTS: dict[str, str | None] = {
     "none": None,
 }
 USER_TEXT = "\nThe reference is: {reference} Please segment the corresponding object in the images."
-"""What follows `<video>` in the user turn (AURORA utils/sem_seg_dataset.py:500)."""
+"""What follows `<video>` in the user turn (AURORA utils/sem_seg_dataset.py:511)."""
 S4_REFERENCE = "The sounding object"
 """Generic reference for benchmarks without expressions (AVSBench S4)."""
 ANSWER_ENDING = "It is [SEG]."
@@ -127,7 +127,7 @@ class Prompts:
 
         Args:
             kind: "reasoning" (paper section 3.1), "class" (what the published distillation teacher reads,
-                LISA_ref_distill.py) or "plain" (the paper's teacher, section 3.1).
+                LISA_ref_distill.py:210) or "plain" (the paper's teacher, section 3.1).
             class_name: name for kind "class".
             reasoning: chain of thought for kind "reasoning", without the ending.
 
