@@ -112,7 +112,7 @@ def run(config: RunConfig, stage: str) -> dict[str, Any]:
             ),
             predict,
             lambda sample: read_frames(index.frames_folder(sample.video_key), config.data.num_frames),
-            chain_is_faithful,
+            chain_is_faithful if given is None else None,
         )
         failed = scores[split]["failed"]
         if failed:
