@@ -14,19 +14,17 @@ the package leaves to its caller:
 from __future__ import annotations
 
 import json
-import pickle
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from utils.errors import ConfigError, Problem, WeightsError
+from model.sam_weights import read_sam_file, refuse_sam, resample_position_tables
+from utils.errors import ConfigError, Problem
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 """Mean of R, G, B in 0..255 that the frames were normalised by (segment_anything/build_sam.py:99)."""
@@ -151,9 +149,11 @@ class Segmenter(nn.Module):
         decoder = self.sam.mask_decoder
         images = image_embeddings.flatten(0, 1).to(self.dtype)
         prompt_tokens = prompts.to(self.dtype).repeat_interleave(frames, 0)[:, None]  # [B*T,1,C]
-        output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+        # Looked up instead of read as weights: ZeRO-3 gathers a parameter when its own module is called.
+        row = torch.arange(decoder.num_mask_tokens, device=prompts.device)
+        output_tokens = torch.cat([decoder.iou_token(row[:1]), decoder.mask_tokens(row)])
         tokens = torch.cat([output_tokens.expand(len(images), -1, -1), prompt_tokens], dim=1)
-        no_mask = self.sam.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+        no_mask = self.sam.prompt_encoder.no_mask_embed(row[:1]).reshape(1, -1, 1, 1)
         positions = self.dense_pe.to(self.dtype).expand(len(images), -1, -1, -1)
 
         token_states, image_states = decoder.transformer(images + no_mask, positions, tokens)
@@ -205,69 +205,11 @@ def load_sam_weights(segmenter: Segmenter, checkpoint: str | Path) -> None:
         WeightsError: no such file, neither .pth nor .safetensors, damaged, or holding more than tensors; missing,
             unexpected or misshapen keys, all of them named.
     """
-    path = Path(checkpoint)
-    state = _read_state(path)
     expected = segmenter.sam.state_dict()
-    state = resample_position_tables(state, expected, segmenter.sizes.global_blocks)
-    problems = [f"missing {key}" for key in expected if key not in state]
-    problems += [f"unexpected {key}" for key in state if key not in expected]
-    problems += [
-        f"{key} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)}"
-        for key, value in expected.items()
-        if key in state and state[key].shape != value.shape
-    ]
-    if problems:
-        listed = "\n  ".join(problems)
-        raise WeightsError(f"{path} does not fit this SAM (check model.sam_type):\n  {listed}")
-    segmenter.sam.load_state_dict(state)
+    state = read_sam_file(checkpoint)
+    refuse_sam(state, expected, segmenter.sizes, SAM_SIZES, checkpoint)
+    segmenter.sam.load_state_dict(resample_position_tables(state, expected, segmenter.sizes.global_blocks))
     _refresh_dense_pe(segmenter)
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, read without running any code that it may hold."""
-    if not path.is_file():
-        raise WeightsError(f"model.sam_checkpoint = {path}: does not exist. Remedy: download it, or correct the path.")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        if path.suffix == ".pth":
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise WeightsError(f"model.sam_checkpoint = {path}: cannot be read as tensors ({error})") from error
-    raise WeightsError(f"model.sam_checkpoint = {path}: must end in .pth or .safetensors")
-
-
-def resample_position_tables(
-    state: dict[str, Tensor], expected: dict[str, Tensor], global_blocks: tuple[int, ...]
-) -> dict[str, Tensor]:
-    """Bicubic resampling of a checkpoint's position tables to another image size, as in the published code.
-
-    `pos_embed` [1,h,w,D] and the `rel_pos_h/w` [2h-1, D/heads] of the global blocks depend on the grid; the tables of
-    windowed blocks depend on the window and are left as they are.
-    """
-    resampled = dict(state)
-    key = "image_encoder.pos_embed"
-    if key in state and key in expected and state[key].shape != expected[key].shape:
-        resampled[key] = resample_grid(state[key], expected[key].shape[1:3])
-    for block in global_blocks:
-        for axis in "hw":
-            key = f"image_encoder.blocks.{block}.attn.rel_pos_{axis}"
-            if key in state and key in expected and state[key].shape != expected[key].shape:
-                resampled[key] = resample_relative(state[key], expected[key].shape[0])
-    return resampled
-
-
-def resample_grid(table: Tensor, size: tuple[int, int]) -> Tensor:
-    """Absolute positions [1,h,w,D] on a grid of another size, bicubic."""
-    channels_first = table.permute(0, 3, 1, 2).float()
-    moved = F.interpolate(channels_first, tuple(size), mode="bicubic", align_corners=False)
-    return moved.permute(0, 2, 3, 1).contiguous().to(table.dtype)
-
-
-def resample_relative(table: Tensor, length: int) -> Tensor:
-    """Relative positions [L,D] at another length: the table is treated as an image, D unchanged, bicubic."""
-    image = table[None, None].float()
-    return F.interpolate(image, (length, table.shape[1]), mode="bicubic", align_corners=False)[0, 0].to(table.dtype)
 
 
 def assemble_sam(sizes: SamSizes, image_size: int) -> Sam:

@@ -17,7 +17,8 @@ ROOMS = {
     "utils": {"configs", "utils"},
     "dataset": {"configs", "utils", "dataset"},
     "model.videollama2": {"configs", "utils", "model.videollama2"},
-    "model.sam": {"configs", "utils", "model.sam"},
+    "model.sam": {"configs", "utils", "model.sam", "model.sam_weights"},
+    "model.sam_weights": {"utils", "model.sam_weights"},
     "model.objectives": {"utils", "model.objectives"},
     "model.aurora": {"configs", "utils", "model.videollama2", "model.sam", "model.aurora"},
     "model.stages": {

@@ -20,9 +20,8 @@ from model.sam import (
     Segmenter,
     assemble_sam,
     build_segmenter,
-    resample_grid,
-    resample_relative,
 )
+from model.sam_weights import resample_grid, resample_relative
 from utils.errors import ConfigError, WeightsError
 
 FIXTURE = Path(__file__).parent / "fixtures" / "videollama2_av_tiny" / "lisa_head"

@@ -6,7 +6,6 @@ import json
 import math
 import pickle
 import random
-import re
 import shutil
 from pathlib import Path
 
@@ -17,18 +16,9 @@ from torch import Tensor, nn
 
 from model.videollama2 import weights
 from model.videollama2.config import LanguageConfig, VideoLlama2Config
-from model.videollama2.shards import CheckpointError
-from model.videollama2.weights import (
-    RELEASED_TABLE,
-    TABLE,
-    expected_keys,
-    from_released,
-    load_backbone,
-    save_backbone,
-    to_released,
-)
-
-KEYS = Path(__file__).parent / "fixtures" / "videollama2_av_keys.txt"
+from model.videollama2.names import RELEASED_TABLE, TABLE, from_released, released_keys, to_released
+from model.videollama2.weights import expected_keys, load_backbone, save_backbone
+from utils.tensor_files import TensorFileError
 
 
 @pytest.fixture
@@ -70,26 +60,10 @@ def same(folder: Path, stored: dict[str, Tensor]) -> None:
     assert all(torch.equal(state[from_released(name)], tensor) for name, tensor in stored.items())
 
 
-def released_list() -> dict[str, tuple[int, ...]]:
-    """The committed list of released keys, its patterns written out."""
-    keys = {}
-    for line in KEYS.read_text().splitlines():
-        if line.startswith("TOTAL"):
-            continue
-        pattern, shape, count = line.split("\t")
-        count = int(count.removeprefix("x"))
-        group = re.search(r"\{(.*)\}", pattern)
-        fills = group.group(1).split(",") if group else [str(i) for i in range(count)]
-        names = [re.sub(r"\*|\{.*\}", fill, pattern) for fill in fills]
-        assert len(set(names)) == count, line
-        keys |= dict.fromkeys(names, tuple(int(n) for n in re.findall(r"\d+", shape)))
-    return keys
-
-
 def test_released_size_has_the_released_keys() -> None:
     """1156 names and shapes of the 7B model, on the meta device."""
     keys = expected_keys(VideoLlama2Config(LanguageConfig(3584, 18944, 28, 28, 4, 152064)))
-    assert keys == released_list()
+    assert keys == released_keys()
     assert len(keys) == 1156
     assert sum(math.prod(shape) for shape in keys.values()) == 8_527_095_391
 
@@ -166,7 +140,7 @@ def test_all_faults_are_listed_at_once(folder: Path, stored: dict[str, Tensor]) 
     del stored["model.layers.1.mlp.up_proj.weight"], stored["model.mm_projector.readout.0.bias"]
     stored["model.visual_model.mask"] = torch.zeros(3)
     stored["lm_head.weight"] = torch.zeros(5, 64)
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(TensorFileError) as error:
         load_backbone(write(folder, stored))
     text = str(error.value)
     assert "4 keys do not fit" in text
@@ -182,10 +156,10 @@ def test_position_table_stored_once_or_everywhere(folder: Path, stored: dict[str
     del stored[copy]
     same(write(folder, stored), original)
     stored[copy] = original[copy] + 1
-    with pytest.raises(CheckpointError, match="must be shared"):
+    with pytest.raises(TensorFileError, match="must be shared"):
         load_backbone(write(folder, stored))
     stored[RELEASED_TABLE.format(2)] = stored.pop(copy)
-    with pytest.raises(CheckpointError, match="unexpected: .*layers.2.self_attn.relative"):
+    with pytest.raises(TensorFileError, match="unexpected: .*layers.2.self_attn.relative"):
         load_backbone(write(folder, stored))
 
 
@@ -204,7 +178,7 @@ def test_tolerated_keys_are_reported(folder: Path, stored: dict[str, Tensor]) ->
 
 def test_missing_shard_is_named(folder: Path, stored: dict[str, Tensor]) -> None:
     write_sharded(folder, stored)[1].unlink()
-    with pytest.raises(CheckpointError, match="model-00002-of-00003.safetensors: shard missing"):
+    with pytest.raises(TensorFileError, match="model-00002-of-00003.safetensors: shard missing"):
         load_backbone(folder)
 
 
@@ -212,7 +186,7 @@ def test_missing_shard_is_named(folder: Path, stored: dict[str, Tensor]) -> None
 def test_truncated_shard_is_named(folder: Path, stored: dict[str, Tensor], suffix: str) -> None:
     shard = write_sharded(folder, stored, suffix)[2]
     shard.write_bytes(shard.read_bytes()[:-1000])
-    with pytest.raises(CheckpointError, match=f"{shard.name}.*truncated"):
+    with pytest.raises(TensorFileError, match=f"{shard.name}.*truncated"):
         load_backbone(folder)
 
 
@@ -223,7 +197,7 @@ def test_damaged_legacy_file_is_named(folder: Path, stored: dict[str, Tensor]) -
     noise = random.Random(0).randbytes
     for broken in (whole[:-1000], whole[:300], b"\x00" * 5000, b"", *(noise(n) for n in range(20, 200, 5))):
         file.write_bytes(broken)
-        with pytest.raises(CheckpointError, match="pytorch_model.bin"):
+        with pytest.raises(TensorFileError, match="pytorch_model.bin"):
             load_backbone(folder)
 
 
@@ -241,11 +215,11 @@ class _Bomb:
 def test_code_in_a_pickle_is_refused(folder: Path, zipped: bool) -> None:
     mark = folder / "ran"
     torch.save({"lm_head.weight": _Bomb(mark)}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(CheckpointError, match="pytorch_model.bin: refused"):
+    with pytest.raises(TensorFileError, match="pytorch_model.bin: refused"):
         load_backbone(folder)
     assert not mark.exists()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(_Bomb(mark), protocol=2))
-    with pytest.raises(CheckpointError, match="pytorch_model.bin"):
+    with pytest.raises(TensorFileError, match="pytorch_model.bin"):
         load_backbone(folder)
     assert not mark.exists()
 
@@ -256,12 +230,12 @@ def test_index_that_lies_is_refused(folder: Path, stored: dict[str, Tensor]) -> 
     index = json.loads(path.read_text())
     index["weight_map"]["model.norm.bias"] = "model-00001-of-00003.safetensors"
     path.write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="lacks tensor 'model.norm.bias'"):
+    with pytest.raises(TensorFileError, match="lacks tensor 'model.norm.bias'"):
         load_backbone(folder)
     for text, message in (('{"weight_map": {"a": "../b.safetensors"}}', "same folder"), ("[1]", "weight_map"),
                           ('{"weight_map": {}}', "same folder"), ("{", "weight_map")):  # fmt: skip
         path.write_text(text)
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(TensorFileError, match=message):
             load_backbone(folder)
 
 
@@ -269,22 +243,22 @@ def test_tensor_in_two_shards_is_refused(folder: Path, stored: dict[str, Tensor]
     first, _, last = write_sharded(folder, stored)
     name = next(iter(load_file(first)))
     save_file(load_file(last) | {name: stored[name]}, last)
-    with pytest.raises(CheckpointError, match="another shard holds as well"):
+    with pytest.raises(TensorFileError, match="another shard holds as well"):
         load_backbone(folder)
 
 
 def test_no_weights_and_not_a_state_dict(folder: Path) -> None:
-    with pytest.raises(CheckpointError, match="no weights"):
+    with pytest.raises(TensorFileError, match="no weights"):
         load_backbone(folder)
     torch.save([torch.zeros(1)], folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="not a state dict"):
+    with pytest.raises(TensorFileError, match="not a state dict"):
         load_backbone(folder)
 
 
 def test_adapters_must_be_merged_before_saving(tmp_path: Path, tiny_folder: Path) -> None:
     model, _ = load_backbone(tiny_folder)
     model.mm_projector.readout[0] = nn.Sequential(model.mm_projector.readout[0])
-    with pytest.raises(CheckpointError, match="missing: model.mm_projector.readout.0.weight"):
+    with pytest.raises(TensorFileError, match="missing: model.mm_projector.readout.0.weight"):
         save_backbone(model, tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -7,10 +7,11 @@ in extra blocks `vision_config` and `beats_config`; without a block the released
 
 from __future__ import annotations
 
-import json
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from utils.tensor_files import TensorFileError, read_json
 
 CONFIG_NAME = "config.json"
 
@@ -155,21 +156,14 @@ class VideoLlama2Config:
         """Read `config.json` of a checkpoint folder.
 
         Raises:
-            ValueError: naming the file, for a missing or malformed file or unsupported fields (all at once).
+            TensorFileError: naming the file, for a missing or malformed file or unsupported fields (all at once).
         """
         path = Path(folder) / CONFIG_NAME
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(data, dict):
-                raise ValueError("the top level must be an object")
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror}); a checkpoint folder needs it") from error
-        except ValueError as error:
-            raise ValueError(f"{path}: not a valid configuration file ({error})") from error
+        data = read_json(path)
         try:
             return cls.from_dict(data)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise TensorFileError(f"{path}: {error}") from error
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> VideoLlama2Config:
@@ -299,3 +293,7 @@ def _check_sizes(config: VideoLlama2Config) -> list[str]:
         problems.append(f"beats_config.mel_bins = {beats.mel_bins} must be at least input_patch_size = "
                         f"{beats.input_patch_size}")  # fmt: skip
     return problems
+
+
+RELEASED = VideoLlama2Config(LanguageConfig(3584, 18944, 28, 28, 4, 152064, eos_token_id=151645, pad_token_id=151643))
+"""VideoLLaMA2.1-7B-AV: Qwen2-7B-Instruct with the default towers."""

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
-import struct
-import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,19 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from utils.tensor_files import TensorFileError, load_state
+
 SINGLE_SAFE, INDEX_SAFE = "model.safetensors", "model.safetensors.index.json"
 SINGLE_BIN, INDEX_BIN = "pytorch_model.bin", "pytorch_model.bin.index.json"
-
-DAMAGE = (
-    RuntimeError, EOFError, OSError, ValueError, IndexError, KeyError, TypeError, AttributeError, AssertionError,
-    struct.error,
-)  # fmt: skip
-"""What torch's safe unpickler raises on bytes that are no pickle of tensors (found by feeding it mutated files)."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
-
 
 class Checkpoint:
     """Names, shapes and lazily read tensors of a checkpoint folder. Use as a context manager.
@@ -36,7 +24,7 @@ class Checkpoint:
     refused.
 
     Raises:
-        CheckpointError: no such file, a missing or damaged shard, a shard that contradicts the index.
+        TensorFileError: no such file, a missing or damaged shard, a shard that contradicts the index.
     """
 
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
@@ -50,21 +38,22 @@ class Checkpoint:
             self._open(path)
         for name, file in index.items():
             if name not in self.shapes:
-                raise CheckpointError(f"{self.folder / file}: lacks tensor {name!r}, which the index says it holds")
+                raise TensorFileError(f"{self.folder / file}: lacks tensor {name!r}, which the index says it holds")
 
     def _open(self, path: Path) -> None:
         if path.suffix == ".safetensors":
             try:
                 source = self._stack.enter_context(safe_open(path, framework="pt", device=str(self.device)))
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path}: damaged or truncated safetensors file ({error})") from error
+                raise TensorFileError(f"{path}: damaged or truncated safetensors file ({error}). "
+                                      "Remedy: download it again.") from error
             shapes = {name: tuple(source.get_slice(name).get_shape()) for name in source.keys()}  # noqa: SIM118
         else:
-            source = _load_torch_file(path)
+            source = load_state(path)
             shapes = {name: tuple(tensor.shape) for name, tensor in source.items()}
         twice = sorted(shapes.keys() & self.shapes.keys())
         if twice:
-            raise CheckpointError(f"{path}: holds {twice[0]!r}, which another shard holds as well")
+            raise TensorFileError(f"{path}: holds {twice[0]!r}, which another shard holds as well")
         self.shapes |= shapes
         self._source |= dict.fromkeys(shapes, source)
 
@@ -95,11 +84,13 @@ def _find_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
             names = sorted(set(index.values()))
             missing = [name for name in names if not (folder / name).is_file()]
             if missing:
-                raise CheckpointError(f"{folder / missing[0]}: shard missing ({len(missing)} of {len(names)} named by "
-                                      f"{index_name} are not there: {', '.join(missing)})")  # fmt: skip
+                raise TensorFileError(
+                    f"{folder / missing[0]}: shard missing ({len(missing)} of {len(names)} named by {index_name} are "
+                    f"not there: {', '.join(missing)}). Remedy: download the missing shards."
+                )
             return [folder / name for name in names], index
     names = ", ".join((SINGLE_SAFE, INDEX_SAFE, SINGLE_BIN, INDEX_BIN))
-    raise CheckpointError(f"{folder}: no weights; one of {names} is needed")
+    raise TensorFileError(f"{folder}: no weights; one of {names} is needed")
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -107,28 +98,7 @@ def _read_index(path: Path) -> dict[str, str]:
         index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         bad = [file for file in index.values() if Path(file).name != file]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not a shard index with a weight_map ({error!r})") from error
+        raise TensorFileError(f"{path}: not a shard index with a weight_map ({error!r})") from error
     if bad or not index:
-        raise CheckpointError(f"{path}: weight_map must name files of the same folder, got {bad[:3]}")
+        raise TensorFileError(f"{path}: weight_map must name files of the same folder, got {bad[:3]}")
     return index
-
-
-def _load_torch_file(path: Path) -> dict[str, Tensor]:
-    """A state dict from a torch file, memory-mapped where its format allows."""
-    is_zip = zipfile.is_zipfile(path)
-    with path.open("rb") as file:
-        starts_as_zip = file.read(4) == b"PK\x03\x04"
-    if starts_as_zip and not is_zip:
-        raise CheckpointError(f"{path}: truncated torch file (its directory at the end is missing)")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: refused, because the file is damaged or holds more than tensors (loading such a pickle could run "
-            f"code): {str(error).splitlines()[0]}"
-        ) from error
-    except DAMAGE as error:
-        raise CheckpointError(f"{path}: damaged or truncated torch file ({error!r})") from error
-    if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
-        raise CheckpointError(f"{path}: not a state dict (a flat mapping of names to tensors is needed)")
-    return state

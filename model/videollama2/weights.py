@@ -1,11 +1,11 @@
 """Released key names <-> ours, strict both ways.
 
 The released checkpoint nests everything under `model.` and repeats BEATs' one relative-position table once per layer.
-`RULES` is the whole mapping; anything it does not explain is an error, listed together with all others.
+`names.RULES` is the whole mapping; anything it does not explain is an error, listed together with all others.
 
 Not run but kept, so that a saved checkpoint holds the released names: SigLIP's last layer, its post_layernorm and
-pooling head, and BEATs' AudioSet predictor. Only the last three may be absent on import (`UNUSED`; zeros take their
-place), and only buffers of older transformers versions may be extra (`STALE_BUFFERS`; ignored).
+pooling head, and BEATs' AudioSet predictor. Only the last three may be absent on import (`names.UNUSED`; zeros
+take their place), and only buffers of older transformers versions may be extra (`names.STALE_BUFFERS`; ignored).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,29 +23,9 @@ from torch import Tensor
 
 from model.videollama2.backbone import VideoLlama2
 from model.videollama2.config import CONFIG_NAME, VideoLlama2Config
-from model.videollama2.shards import INDEX_SAFE, SINGLE_SAFE, Checkpoint, CheckpointError
-
-RULES: tuple[tuple[str, str], ...] = (
-    ("language_model.lm_head.", "lm_head."),
-    ("vision_tower.siglip.", "model.vision_tower.vision_tower.vision_model."),
-    ("mm_projector.", "model.mm_projector."),
-    ("mm_projector_a.", "model.mm_projector_a."),
-    ("audio_tower.", "model.audio_tower."),
-    ("language_model.model.", "model."),
-)
-"""(our prefix, released prefix); the first that fits applies, so the catch-all `model.` comes last."""
-
-TABLE = "audio_tower.encoder.relative_attention_bias.weight"
-RELEASED_TABLE = "model.audio_tower.encoder.layers.{}.self_attn.relative_attention_bias.weight"
-"""The shared table is stored under every layer (or under layer 0 alone) and held once here."""
-
-UNUSED = re.compile(
-    r"model\.vision_tower\.vision_tower\.vision_model\.(head|post_layernorm)\.|model\.audio_tower\.predictor\."
-)
-"""Stored, never read by a forward: may be missing."""
-
-STALE_BUFFERS = re.compile(r".*\.(rotary_emb\.inv_freq|embeddings\.position_ids)$")
-"""Constants that transformers < 4.32 stored: may be there."""
+from model.videollama2.names import TABLE, KeyCheck, check_keys, from_released, moved_component, to_released
+from model.videollama2.shards import INDEX_SAFE, SINGLE_SAFE, Checkpoint
+from utils.tensor_files import TensorFileError
 
 OWN_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 """Names that `save_backbone` gives, and may therefore replace or remove."""
@@ -62,26 +42,6 @@ class LoadReport:
     """Stored names that were skipped (`STALE_BUFFERS`)."""
     zero_filled: tuple[str, ...]
     """Unused tensors that the checkpoint lacks (`UNUSED`)."""
-
-
-def to_released(name: str, beats_layers: int) -> list[str]:
-    """Released name(s) of one of our parameters: one, or `beats_layers` for the shared table."""
-    if name == TABLE:
-        return [RELEASED_TABLE.format(i) for i in range(beats_layers)]
-    for ours, released in RULES:
-        if name.startswith(ours):
-            return [released + name.removeprefix(ours)]
-    raise ValueError(f"{name}: not a parameter of the backbone; merge or remove adapters before saving")
-
-
-def from_released(name: str) -> str:
-    """Our name of a released key; a key that no rule explains comes back unchanged (and is then unexpected)."""
-    if re.fullmatch(RELEASED_TABLE.replace(".", r"\.").format(r"\d+"), name):
-        return TABLE
-    for ours, released in RULES:
-        if name.startswith(released):
-            return ours + name.removeprefix(released)
-    return name
 
 
 def expected_keys(config: VideoLlama2Config) -> dict[str, tuple[int, ...]]:
@@ -111,7 +71,7 @@ def load_backbone(
 
     Raises:
         ValueError: config.json is missing or unsupported.
-        CheckpointError: a file is missing, damaged or would run code; or names and shapes do not fit (all listed).
+        TensorFileError: a file is missing, damaged or would run code; or names and shapes do not fit (all listed).
     """
     config = VideoLlama2Config.from_folder(folder)
     model = _empty_model(config, attention)
@@ -126,7 +86,7 @@ def load_backbone(
             tensor = tensor if dtype is None else tensor.to(dtype)
             ours = from_released(name)
             if ours in state and not torch.equal(state[ours], tensor):
-                raise CheckpointError(
+                raise TensorFileError(
                     f"{folder}: {name} differs from the copy under another layer; the position table must be shared"
                 )
             state.setdefault(ours, tensor)
@@ -140,13 +100,25 @@ def load_backbone(
 
 
 def save_backbone(model: VideoLlama2, folder: str | Path, max_shard_bytes: int = 5_000_000_000) -> list[Path]:
-    """Write config.json and safetensors shards under the released names.
+    """Write config.json and safetensors shards under the released names; see `save_state`.
+
+    Args:
+        model: the plain backbone (adapters merged, parameters gathered).
+    """
+    return save_state(model.config, model.state_dict(), folder, max_shard_bytes)
+
+
+def save_state(
+    config: VideoLlama2Config, state: dict[str, Tensor], folder: str | Path, max_shard_bytes: int = 5_000_000_000
+) -> list[Path]:
+    """Write a backbone's state dict under the released names.
 
     Every file is written beside its place and then renamed, so a reader never sees half a file; files of an earlier
     save in the same folder that no longer belong are removed last.
 
     Args:
-        model: the plain backbone (adapters merged, parameters gathered).
+        config: sizes.
+        state: our names, complete, without adapters.
         folder: made if needed.
         max_shard_bytes: largest shard; one file `model.safetensors` if everything fits.
 
@@ -154,12 +126,11 @@ def save_backbone(model: VideoLlama2, folder: str | Path, max_shard_bytes: int =
         The written files.
 
     Raises:
-        ValueError: if names or shapes are not exactly those of the model's config (all listed).
+        ValueError: if names or shapes are not exactly those of the config (all listed).
     """
-    state = model.state_dict()
-    layers = model.config.beats.encoder_layers
+    layers = config.beats.encoder_layers
     tensors = {released: tensor for name, tensor in state.items() for released in to_released(name, layers)}
-    _compare(tensors, expected_keys(model.config), Path(folder), complete=True)
+    _compare(tensors, expected_keys(config), Path(folder), complete=True)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shards = _split(tensors, max_shard_bytes)
@@ -177,7 +148,7 @@ def save_backbone(model: VideoLlama2, folder: str | Path, max_shard_bytes: int =
         names.append(INDEX_SAFE)
         _replace(folder / INDEX_SAFE, _json_writer({"metadata": {"total_size": total}, "weight_map": weight_map}))
     names.append(CONFIG_NAME)
-    _replace(folder / CONFIG_NAME, _json_writer(model.config.to_dict()))
+    _replace(folder / CONFIG_NAME, _json_writer(config.to_dict()))
     for stale in [*folder.glob("model*.safetensors"), folder / INDEX_SAFE]:
         if OWN_FILES.fullmatch(stale.name) and stale.name not in names:
             stale.unlink(missing_ok=True)
@@ -200,25 +171,25 @@ def _released_shapes(model: VideoLlama2) -> dict[str, tuple[int, ...]]:
 def _compare(
     found: Checkpoint | dict[str, Tensor], expected: dict[str, tuple[int, ...]], folder: Path, complete: bool = False
 ) -> tuple[list[str], list[str]]:
-    """(stale names to ignore, unused names to fill with zeros); raises one CheckpointError that lists all faults."""
+    """(stale names to ignore, unused names to fill with zeros); raises one TensorFileError that lists all faults."""
     shapes = found.shapes if isinstance(found, Checkpoint) else {k: tuple(x.shape) for k, x in found.items()}
-    copies = {RELEASED_TABLE.format(i) for i in range(1, sum(from_released(k) == TABLE for k in expected))}
-    ignored = [k for k in shapes if k not in expected and STALE_BUFFERS.match(k)]
-    absent = [] if complete else [k for k in expected if k not in shapes and UNUSED.match(k)]
-    allowed = set(absent) | (set() if complete else copies)
-    faults = [f"missing: {k} {expected[k]}" for k in expected if k not in shapes and k not in allowed]
-    faults += [f"unexpected: {k} {s}" for k, s in shapes.items() if k not in expected and k not in ignored]
-    faults += [f"shape: {k} is {shapes[k]}, the config asks for {s}"
-               for k, s in expected.items() if k in shapes and shapes[k] != s]  # fmt: skip
+    checks = check_keys(shapes, expected, complete)
+    refuse(checks, folder)
+    tolerated = [c for c in checks if c.status == "tolerated"]
+    # A table stored under layer 0 alone needs no filling: its copies are the same parameter.
+    absent = [c.name for c in tolerated if c.stored is None and from_released(c.name) != TABLE]
+    return [c.name for c in tolerated if c.expected is None], absent
+
+
+def refuse(checks: list[KeyCheck], folder: str | Path) -> None:
+    """Raise one TensorFileError that lists every key that does not fit; nothing where all do."""
+    faults = [check for check in checks if check.is_fault]
     if faults:
-        raise CheckpointError(
-            f"{folder}: {len(faults)} keys do not fit the model that config.json describes:\n" + _lines(faults)
-        )
-    return ignored, absent
-
-
-def _lines(faults: Iterable[str]) -> str:
-    return "\n".join(f"  {fault}" for fault in faults)
+        hints = moved_component(checks)
+        raise TensorFileError(
+            "\n".join([f"{folder}: {len(faults)} keys do not fit the model that config.json describes:",
+                       *(f"  {hint}" for hint in hints), *(f"  {fault}" for fault in faults)])
+        )  # fmt: skip
 
 
 def _split(tensors: dict[str, Tensor], limit: int) -> list[list[str]]:
