@@ -201,52 +201,65 @@ def _sound_levels(bank: Bank, steps: int, patch: int) -> Tensor:
 
 
 def pretrain_sam(segmenter: Segmenter, bank: Bank, steps: int, report: Callable[[str], None]) -> None:
-    """SAM segments what a point or a concept (any mix of class, colour and column) names."""
+    """SAM segments what a point or a concept (a mix of class, colour and column) names.
+
+    Its embedding also tells class and colour of each cell through a head that is thrown away: from masks alone the
+    encoder learns colours and places long before it tells classes apart.
+    """
     width = segmenter.prompt_width
     tables = nn.ModuleList([nn.Embedding(n, width) for n in (len(CLASSES) + 1, len(COLOURS) + 1, 4)])
     for table in tables:
         nn.init.normal_(table.weight, std=0.5)
     sam = segmenter.sam
-    optimiser = _adamw([sam.image_encoder, sam.mask_decoder, sam.prompt_encoder, tables], 1.2e-3)
-    log: list[tuple[float, ...]] = []
+    head = nn.Linear(width, len(CLASSES) + len(COLOURS) + 2)
+    optimiser = _adamw([sam.image_encoder, sam.mask_decoder, sam.prompt_encoder, tables, head], 1.2e-3)
+    grid = segmenter.image_size // segmenter.sizes.patch_size
+    log: list[tuple[float, float, dict[str, float]]] = []
     for step, share in enumerate(schedule(steps, optimiser), 1):
         scene = torch.randint(len(bank.scenes), (16,))
         frame = torch.randint(scenes.FRAMES, (16,))
         owner = bank.owner[scene, frame]
         wanted = torch.randint(1, 4, (16,))
-        prompts, target = _concept_prompt(tables, bank, scene, wanted, owner)
-        if step % 4 == 0:
+        concept = _CONCEPTS[int(torch.multinomial(torch.tensor([share for _, share in _CONCEPTS]), 1))][0]
+        if concept == "point":
             prompts, target = _point_prompt(segmenter, owner, wanted)
-        pixels = sam_pixels(bank.frames[scene, frame], segmenter)
-        embedding = sam.image_encoder(pixels)
+        else:
+            prompts, target = _concept_prompt(tables, bank, scene, wanted, owner, concept)
+        embedding = sam.image_encoder(sam_pixels(bank.frames[scene, frame], segmenter))
+        cells, right = _concept_loss(head(embedding.flatten(2).mT), bank, scene, _owner_of_cells(owner, grid))
         low = segmenter.decode(embedding[:, None], prompts)[:, 0]
         logits = functional.interpolate(low[:, None], owner.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
         bce = functional.binary_cross_entropy_with_logits(logits, target)
-        p = logits.sigmoid().flatten(1)
-        g = target.flatten(1)
+        p, g = logits.sigmoid().flatten(1), target.flatten(1)
         dice = (1 - (2 * (p * g).sum(1) + 1) / (p.sum(1) + g.sum(1) + 1)).mean()
-        _step(4 * bce + dice, optimiser)
-        on = logits > 0
-        union = (on | (target > 0)).flatten(1).sum(1)
-        iou = ((on & (target > 0)).flatten(1).sum(1) / union.clamp(min=1))[union > 0].mean()
-        log.append((bce.item(), dice.item(), iou.item(), float(step % 4 == 0)))
+        _step(4 * bce + dice + 0.5 * cells, optimiser)
+        union = ((logits > 0) | (target > 0)).flatten(1).sum(1)
+        iou = (((logits > 0) & (target > 0)).flatten(1).sum(1) / union.clamp(min=1))[union > 0].mean()
+        log.append((dice.item(), right.item(), {concept: iou.item()}))
         if step % 200 == 0:
-            rows = np.array(log[-200:])
-            concept, point = rows[rows[:, 3] == 0], rows[rows[:, 3] == 1]
-            report(f"sam {step} {share:.0%} bce {rows[:, 0].mean():.4f} dice {rows[:, 1].mean():.3f} "
-                   f"IoU concept {concept[:, 2].mean():.3f} point {point[:, 2].mean():.3f}")  # fmt: skip
+            recent = log[-200:]
+            by_concept = {name: np.mean([x[name] for *_, x in recent if name in x]) for name, _ in _CONCEPTS}
+            listed = " ".join(f"{name} {value:.3f}" for name, value in by_concept.items())
+            dice_mean, right_mean = np.mean([x[:2] for x in recent], 0)
+            report(f"sam {step} {share:.0%} dice {dice_mean:.3f} cells {right_mean:.3f} IoU {listed}")
+
+
+_CONCEPTS = (
+    ("class", 0.35), ("colour", 0.15), ("class colour", 0.15), ("class column", 0.1), ("column", 0.05),
+    ("class colour column", 0.1), ("point", 0.1),
+)  # fmt: skip
+"""What prompts name, and how often."""
 
 
 def _concept_prompt(
-    tables: nn.ModuleList, bank: Bank, scene: Tensor, wanted: Tensor, owner: Tensor
+    tables: nn.ModuleList, bank: Bank, scene: Tensor, wanted: Tensor, owner: Tensor, concept: str
 ) -> tuple[Tensor, Tensor]:
-    """A prompt naming some of the thing's class, colour and column, and the mask of all things it fits."""
+    """A prompt naming the given facts of the wanted thing, and the mask of all things that they fit."""
     facts = torch.stack([bank.classes[scene], bank.colours[scene], torch.arange(4).expand(len(scene), -1)], -1)
-    named = torch.rand(len(scene), 3) < 0.6
-    named[torch.arange(len(scene)), torch.randint(3, (len(scene),))] = True
+    named = torch.tensor([name in concept.split() for name in ("class", "colour", "column")])
     chosen = facts[torch.arange(len(scene)), wanted]
-    prompts = sum(table(chosen[:, i]) * named[:, i : i + 1] for i, table in enumerate(tables))
-    fits = ((facts == chosen[:, None]) | ~named[:, None]).all(-1) & (torch.arange(4) > 0)
+    prompts = torch.stack([table(chosen[:, i]) for i, table in enumerate(tables) if named[i]]).sum(0)
+    fits = ((facts == chosen[:, None]) | ~named).all(-1) & (torch.arange(4) > 0)
     target = fits.gather(1, owner.flatten(1).long()).view(owner.shape).float()
     return prompts, target
 
