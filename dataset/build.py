@@ -39,6 +39,8 @@ def build_processor(
         mel_bins,
         config.data.audio_padding_seconds,
         config.data.frame_resize,
+        system_prompt=config.model.system_prompt,
+        seg_token=config.model.seg_token,
     )
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -10,7 +14,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dataset.collate import collate
 from dataset.fbank import SAMPLE_RATE, kaldi_fbank, layout_clips
+from dataset.prompt import Prompts, SystemPrompt, load_tokenizer
+from utils.errors import DataError
+from utils.types import Batch, Sample
 
 SAM_MEAN = (123.675, 116.28, 103.53)
 SAM_STD = (58.395, 57.12, 57.375)
@@ -19,6 +27,9 @@ PAD_GREY = 127
 """Colour of the square that frames are pasted on: int(0.5 * 255), upstream's expand2square."""
 
 FrameResize = Literal["warp", "pad"]
+
+SETTINGS = "preprocessor_config.json"
+_calls = itertools.count()
 
 
 class AuroraProcessor:
@@ -32,6 +43,8 @@ class AuroraProcessor:
         audio_padding_seconds: length to which the sound is padded with silence (30 as published); None = not padded.
         frame_resize: "warp" stretches frames to the square (as published); "pad" pastes them on a grey square first.
         audio_windows: one-second windows taken of the sound (10 as published); None = the whole sound.
+        system_prompt: name of the system turn (`dataset.prompt.SYSTEM_PROMPTS`), for calls of the processor.
+        seg_token: the segmentation token, a token of the tokenizer.
     """
 
     sample_rate: int = SAMPLE_RATE
@@ -45,6 +58,8 @@ class AuroraProcessor:
         audio_padding_seconds: float | None = 30.0,
         frame_resize: FrameResize = "warp",
         audio_windows: int | None = 10,
+        system_prompt: SystemPrompt = "llama2",
+        seg_token: str = "[SEG]",
     ) -> None:
         if frame_resize not in ("warp", "pad"):
             raise ValueError(f"frame_resize = {frame_resize!r}: must be warp or pad. Remedy: set data.frame_resize.")
@@ -55,6 +70,73 @@ class AuroraProcessor:
         self.audio_padding_seconds = audio_padding_seconds
         self.frame_resize = frame_resize
         self.audio_windows = audio_windows
+        self.system_prompt = system_prompt
+        self.seg_token = seg_token
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **changes: Any) -> AuroraProcessor:
+        """The processor of an exported folder, with its tokenizer; `changes` replace single settings.
+
+        Raises:
+            DataError: no settings or tokenizer there, or a setting that is unknown.
+        """
+        path = Path(folder) / SETTINGS
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            values = {name: settings[name] for name in _SAVED} | changes
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: not readable ({error!r}). Remedy: export again (scripts/export.py).") from error
+        unknown = sorted(values.keys() - _SAVED)
+        if unknown:
+            raise DataError(f"unknown settings {unknown}. Remedy: use {', '.join(sorted(_SAVED))}.")
+        tokenizer, _ = load_tokenizer(folder, values["seg_token"])
+        return cls(tokenizer, **values)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the settings and the tokenizer, with its segmentation token, into `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save_pretrained(str(folder))
+        settings = {"processor_class": type(self).__name__, **{name: getattr(self, name) for name in sorted(_SAVED)}}
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+    def __call__(
+        self,
+        frames: np.ndarray | Sequence[np.ndarray],
+        sound: np.ndarray | Sequence[np.ndarray],
+        reference: str | Sequence[str],
+    ) -> Batch:
+        """Clips and questions as the model reads them, ready for `model.aurora.inference.predict`.
+
+        Args:
+            frames: uint8 [T,H,W,3] RGB of one clip, or one such array per clip (equal T).
+            sound: float32 [samples] mono at `sample_rate`, or one per clip.
+            reference: what to segment, or one per clip.
+
+        Returns:
+            Batch without targets; its masks are empty and only give the native sizes.
+
+        Raises:
+            ValueError: unequal numbers of clips, sounds and references, or a sound that is too short.
+        """
+        if isinstance(reference, str):
+            frames, sound, reference = [frames], [sound], [reference]
+        if not len(frames) == len(sound) == len(reference):
+            raise ValueError(f"{len(frames)} clips, {len(sound)} sounds and {len(reference)} references: counts differ")
+        seg_id = self.tokenizer.convert_tokens_to_ids(self.seg_token)
+        prompts = Prompts(self.tokenizer, seg_id, self.system_prompt)
+        return collate([self._sample(*item, prompts) for item in zip(frames, sound, reference, strict=True)])
+
+    def _sample(self, frames: np.ndarray, sound: np.ndarray, reference: str, prompts: Prompts) -> Sample:
+        sam_pixels, sam_size = self.sam_pixels(frames)
+        number, nothing = next(_calls), torch.empty(0, dtype=torch.int64)
+        key = f"call {number}"  # names the media for feature caches; never the same twice
+        return Sample(
+            row=number, uid=key, clip=key, split="", class_name="", reference=reference.strip(), kind="",
+            pixel_values=self.vision_pixels(frames), sam_pixels=sam_pixels, sam_size=sam_size, fbank=self.fbank(sound),
+            masks=torch.zeros(frames.shape[:3], dtype=torch.bool), prompt_ids=prompts.prompt_ids(reference.strip()),
+            answer_ids=nothing, teacher_ids=nothing, video_key=key, audio_key=key,
+        )  # fmt: skip
 
     def vision_pixels(self, frames: np.ndarray) -> Tensor:
         """SigLIP's preprocessing: PIL bicubic to P x P, then [-1, 1].
@@ -104,6 +186,12 @@ class AuroraProcessor:
         padding = self.audio_padding_seconds
         samples = None if padding is None else round(padding * self.sample_rate)
         return kaldi_fbank(sound, self.mel_bins, samples)
+
+
+_SAVED = {
+    *("vision_size", "sam_size", "mel_bins", "audio_padding_seconds", "frame_resize", "audio_windows"),
+    *("system_prompt", "seg_token"),
+}
 
 
 def sam_inner_size(height: int, width: int, side: int) -> tuple[int, int]:

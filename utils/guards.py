@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+import torch
+from torch import Tensor
+
 from utils.errors import NonFiniteError
 from utils.types import Batch, StepLoss
 
@@ -46,4 +49,26 @@ def check_norm(norm: float, step: int, batch: Batch) -> None:
     raise NonFiniteError(
         f"optimiser step {step}: the gradient norm is {norm}; the last samples of this process were {samples}. Remedy: "
         "lower optim.lr, or set engine.precision to fp32; the last checkpoint is intact."
+    )
+
+
+def check_logits(logits: Tensor) -> None:
+    """Stop on logits that are NaN or infinite: argmax would turn them into a stream of token 0, which is "!".
+
+    Users of VideoLLaMA2 meet this with float16 (issue 176 of its repository), in which the activations of the last
+    layer overflow (issue 178); its loader takes float16 by default.
+
+    Raises:
+        NonFiniteError: naming the type, with the remedy.
+    """
+    if bool(logits.isfinite().all()):
+        return
+    kind = str(logits.dtype).removeprefix("torch.")
+    if logits.dtype == torch.float16:
+        cause, remedy = "the activations of a 7B model overflow in float16", "load the weights in bf16"
+    else:
+        cause, remedy = "a weight or an input is not finite", "run scripts/check_weights.py on the weights"
+    raise NonFiniteError(
+        f"the logits hold NaN or infinity (type {kind}): {cause}. Remedy: {remedy} (engine.precision: bf16, or "
+        "dtype=torch.bfloat16 in from_pretrained)."
     )

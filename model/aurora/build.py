@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from configs.schema import RunConfig
 from model.aurora.adapters import MASK_DECODER, apply_trainable, freeze
-from model.aurora.features import FeatureCache
+from model.aurora.features import FeatureCache, tower_fingerprint
 from model.aurora.model import AuroraModel
 from model.aurora.trained import load_mask_decoder, load_trained, read_trained
 from model.sam import build_segmenter
@@ -45,7 +47,11 @@ def build_model(
         config, backbone.language_model.get_input_embeddings().num_embeddings, tokenizer_size, seg_token_id
     )
     segmenter = build_segmenter(config.model.sam_type, config.model.sam_image_size, config.model.sam_checkpoint)
-    model = AuroraModel(backbone, segmenter, seg_token_id, FeatureCache(config.data.feature_cache))
+    model = AuroraModel(backbone, segmenter, seg_token_id)
+    model.feature_cache = FeatureCache(
+        config.data.feature_cache, Path(config.data.root) / ".features", lambda tower: tower_fingerprint(model, tower)
+    )
+    model.origin = config.model
     evaluated = read_trained(config.eval.checkpoint) if config.stage == "eval" and config.eval.checkpoint else None
     apply_trainable(model, evaluated.trainable if evaluated else config.trainable)
     if evaluated:

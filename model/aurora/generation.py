@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from model.aurora.model import AuroraModel, evaluating
+from utils.guards import check_logits
 from utils.types import Batch, Generation, MediaFeatures
 
 STOP_TOKEN = "<|im_end|>"
@@ -106,6 +107,7 @@ def generate(
 
     Raises:
         ValueError: a setting outside its range.
+        NonFiniteError: the logits are not finite, as in float16.
     """
     if max_new_tokens < 1 or group < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} and group {group} must be at least 1")
@@ -139,9 +141,9 @@ class _Rollout:
         seg_hidden = torch.zeros_like(self.hidden)
         tokens, scores = [], []
         for step in range(max_new_tokens):
-            log_probs = sampling_log_probs(
-                self.language_model.lm_head(self.hidden), sampling.temperature, sampling.top_p
-            )
+            logits = self.language_model.lm_head(self.hidden)
+            check_logits(logits)
+            log_probs = sampling_log_probs(logits, sampling.temperature, sampling.top_p)
             drawn = sampling.draw(log_probs)
             tokens.append(drawn)
             scores.append(log_probs.gather(-1, drawn[:, None])[:, 0])

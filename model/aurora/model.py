@@ -14,16 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from configs.schema import TrainableConfig
+from configs.schema import ModelConfig, TrainableConfig
 from model.aurora.features import FeatureCache
 from model.sam import Segmenter
 from model.videollama2.backbone import VideoLlama2
 from model.videollama2.splice import splice
+from utils.guards import check_logits
 from utils.types import IGNORE, AuroraOutput, Batch, MediaFeatures, PackedInputs
 
 EMPTY_LOGIT = -100.0
@@ -80,6 +82,24 @@ class AuroraModel(nn.Module):
         """What is trained, once `apply_trainable` has chosen it."""
         self.loaded_names: frozenset[str] = frozenset()
         """Parameters that came from a light checkpoint of an earlier stage, and so differ from the base."""
+        self.origin: ModelConfig | None = None
+        """Where base and SAM came from, for exports; None for a model that was put together by hand."""
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> AuroraModel:
+        """The model of an export, in eval mode; options: dtype, device, attention, base, sam_checkpoint.
+
+        See `model.aurora.export.from_pretrained`.
+        """
+        from model.aurora.export import from_pretrained  # imported late: it builds on this class
+
+        return from_pretrained(folder, **options)
+
+    def save_pretrained(self, folder: str | Path, merge: bool = True) -> Path:
+        """Write a folder that `from_pretrained` reads; see `model.aurora.export.save_pretrained`."""
+        from model.aurora.export import save_pretrained  # imported late: it builds on this class
+
+        return save_pretrained(self, folder, merge)
 
     @property
     def device(self) -> torch.device:
@@ -147,6 +167,7 @@ class AuroraModel(nn.Module):
         device, dtype, backbone = self.device, self.backbone.dtype, self.backbone
         cache = self.feature_cache if cache is None else cache
         video_keys, audio_keys = ([getattr(s, f"{kind}_key") for s in batch.samples] for kind in ("video", "audio"))
+        clip_keys = [s.clip for s in batch.samples]
 
         def patches(rows: list[int]) -> Tensor:  # [R,T,N,Dv]
             frames = batch.pixel_values[rows].to(device, dtype)
@@ -160,9 +181,13 @@ class AuroraModel(nn.Module):
 
         ready = MediaFeatures(None, None) if reuse is None else reuse
         return MediaFeatures(
-            video=self._tower("vision_tower", "mm_projector", patches, video_keys, cache, ready.video),
-            audio=self._tower("audio_tower", "mm_projector_a", sounds, audio_keys, cache, ready.audio),
-            image_embeddings=self._frozen("image_encoder", images, video_keys, cache, ready.image_embeddings)
+            video=self._tower(
+                "vision_tower", "mm_projector", patches, batch.pixel_values, video_keys, cache, ready.video
+            ),
+            audio=self._tower("audio_tower", "mm_projector_a", sounds, batch.fbank, audio_keys, cache, ready.audio),
+            image_embeddings=self._frozen(
+                "image_encoder", images, batch.sam_pixels, clip_keys, cache, ready.image_embeddings
+            )
             if masks
             else None,
         )
@@ -172,6 +197,7 @@ class AuroraModel(nn.Module):
         tower: str,
         projector: str,
         compute: Callable[[list[int]], Tensor],
+        inputs: Tensor,
         keys: list[str],
         cache: FeatureCache,
         ready: Tensor | None,
@@ -181,19 +207,20 @@ class AuroraModel(nn.Module):
         if not self.is_frozen(f"backbone.{tower}"):
             return project(compute(list(range(len(keys)))))
         if self.is_frozen(f"backbone.{projector}"):
-            return self._frozen(projector, lambda rows: project(compute(rows)), keys, cache, ready)
-        return project(self._frozen(tower, compute, keys, cache, None))
+            return self._frozen(projector, lambda rows: project(compute(rows)), inputs, keys, cache, ready)
+        return project(self._frozen(tower, compute, inputs, keys, cache, None))
 
     @torch.no_grad()
     def _frozen(
         self,
         name: str,
         compute: Callable[[list[int]], Tensor],
+        inputs: Tensor,
         keys: list[str],
         cache: FeatureCache,
         ready: Tensor | None,
     ) -> Tensor:
-        return ready if ready is not None else cache.fetch(name, keys, compute).to(self.device)
+        return ready if ready is not None else cache.fetch(name, keys, compute, inputs).to(self.device)
 
     def forward(self, packed: PackedInputs, media: MediaFeatures, frame_index: Tensor | None = None) -> AuroraOutput:
         """One teacher-forced pass.
@@ -205,15 +232,21 @@ class AuroraModel(nn.Module):
 
         Returns:
             AuroraOutput; `mask_logits` is [B,k,4h,4w] in SAM's padded square.
+
+        Raises:
+            NonFiniteError: the weights are float16 and the logits overflow.
         """
         hidden = self.hidden_states(packed, media)
         # Only positions that predict a labelled token reach lm_head: [A,V] instead of [B,S,V] (2,400 x 152,064 a row).
         labels = packed.labels[:, 1:]
         predicts = labels != IGNORE
         seg_features = self.seg_features(hidden, packed)
+        logits = self.backbone.language_model.lm_head(hidden[:, :-1][predicts])
+        if logits.dtype == torch.float16:
+            check_logits(logits)
         return AuroraOutput(
             hidden=hidden,
-            answer_logits=self.backbone.language_model.lm_head(hidden[:, :-1][predicts]),
+            answer_logits=logits,
             answer_labels=labels[predicts],
             seg_features=seg_features,
             has_seg=packed.has_seg,

@@ -33,6 +33,8 @@ from utils.errors import WeightsError
 TENSORS = "trained.safetensors"
 SETTINGS = "trained.json"
 FORMAT = 1
+EXPORT_FORMAT = 2
+"""`format` of the settings of an export (`model.aurora.export`), which can be read in a light checkpoint's place."""
 SHOWN = 8
 """Names that an error spells out before it counts the rest."""
 SAME_SETTINGS = ("lora_rank", "lora_alpha", "seg_rows_only")
@@ -84,7 +86,7 @@ def save_trained(model: AuroraModel, folder: str | Path, write: bool = True) -> 
         "format": FORMAT,
         "trainable": config.model_dump(mode="json"),
         "seg_token_id": model.seg_token_id,
-        "sha256": _digest(part),
+        "sha256": file_digest(part),
         "names": sorted(tensors),
     }
     (folder / f"{SETTINGS}.part").write_text(json.dumps(settings, indent=1) + "\n")
@@ -105,14 +107,18 @@ def read_trained(path: str | Path) -> Trained:
     try:
         settings = json.loads((folder / SETTINGS).read_text())
         version, digest = settings["format"], settings["sha256"]
+        if version == EXPORT_FORMAT:
+            return _read_export(folder, settings)
         # JSON has lists where the strict schema wants tuples, hence the JSON mode.
         trainable = TrainableConfig.model_validate_json(json.dumps(settings["trainable"]))
         seg_token_id = settings["seg_token_id"]
-    except (ValueError, KeyError) as error:
+    except WeightsError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{folder / SETTINGS}: not the settings of a light checkpoint ({error})") from error
     if version != FORMAT:
         raise WeightsError(f"{folder / SETTINGS}: format {version}, but this code reads format {FORMAT}")
-    if not (folder / TENSORS).is_file() or _digest(folder / TENSORS) != digest:
+    if not (folder / TENSORS).is_file() or file_digest(folder / TENSORS) != digest:
         raise WeightsError(
             f"{folder / TENSORS}: missing, or not the file that {SETTINGS} describes (its SHA-256 differs). Remedy: "
             "copy both files of one checkpoint, or save it again."
@@ -122,6 +128,12 @@ def read_trained(path: str | Path) -> Trained:
     except SafetensorError as error:
         raise WeightsError(f"{folder / TENSORS}: not a safetensors file ({error})") from error
     return Trained(folder, trainable, seg_token_id, tensors)
+
+
+def _read_export(folder: Path, settings: dict) -> Trained:
+    from model.aurora.export import read_export  # imported late: exports are made of what this module reads
+
+    return read_export(folder, settings)
 
 
 def find_trained(path: str | Path) -> Path:
@@ -236,7 +248,8 @@ def _whole(parameter: nn.Parameter) -> Tensor:
         return parameter.detach().to("cpu", copy=True).contiguous()
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
