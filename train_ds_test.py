@@ -150,8 +150,9 @@ def predictor(
     from model.aurora.inference import predict
 
     def predict_batch(batch: Batch) -> list[Prediction]:
-        # Clips repeat within a batch. A cache that outlived it would make a prediction depend on earlier batches.
-        model.feature_cache = FeatureCache("memory")
+        # Clips repeat within a batch. Memory that outlived it would grow with the split; files may stay.
+        if model.feature_cache.mode != "disk":
+            model.feature_cache = FeatureCache("memory")
         if given is None:
             return predict(model, batch, tokenizer, max_new_tokens)
         return predict_given(model, batch, [prompts.answer_text(given, name) for name in batch.class_names])

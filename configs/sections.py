@@ -131,8 +131,12 @@ class DataConfig(Section):
         "name",
         "published code sem_seg_dataset.py:402 drops",
     )
-    feature_cache: Literal["none", "memory"] = knob(
-        "none", "keep the features of frozen towers by clip in memory", "name", "ours: pays where clips come again"
+    feature_cache: Literal["none", "memory", "disk"] = knob(
+        "none",
+        "keep the features of frozen towers by clip, in memory or in files below <data.root>/.features (about 7 MB a "
+        "clip at full size)",
+        "name",
+        "ours: pays where clips come again",
     )
     max_image_pixels: int = knob(
         50_000_000, "larger frames or masks are refused before decoding", "pixels", "ours: guards memory", ge=1
@@ -188,6 +192,13 @@ class LossConfig(Section):
     ce: float = knob(1.0, "weight of the cross entropy of the answer", "1", "paper eq. 6", ge=0)
     bce: float = knob(1.0, "weight of the masks' binary cross entropy (published: 2)", "1", "paper eq. 6", ge=0)
     dice: float = knob(1.0, "weight of the masks' Dice loss (published: 0.5)", "1", "paper eq. 6", ge=0)
+    mask_side: int | None = knob(
+        None,
+        "long side at which BCE and Dice are computed; null = the frames' own, as published (smaller: less memory)",
+        "pixels",
+        "published code LISA_sft_distill.py:380",
+        ge=16,
+    )
     distill: float = knob(
         0.0,
         "weight of MSE(f_t, f_s) between [SEG] features; only stage sft distils (there 1)",

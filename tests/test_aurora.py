@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from configs.schema import TrainableConfig
 from model.aurora.adapters import apply_trainable, component_counts, format_counts, freeze, is_adapter
 from model.aurora.build import build_model
-from model.aurora.features import FeatureCache
+from model.aurora.features import FeatureCache, tower_fingerprint
 from model.aurora.model import COMPONENTS, EMPTY_LOGIT, AuroraModel, evaluating
 from model.aurora.trained import find_trained, load_mask_decoder, load_trained, save_trained
 from tests.aurora_cases import (
@@ -183,8 +183,32 @@ def test_cache_shares_equal_keys_and_keeps_no_batch_alive() -> None:
     assert cache.fetch("t", ["b", "c"], compute).tolist() == [[10.0], [10.0]]
     assert sum(calls, []) == [0, 1, 1] and len(cache) == 3 and cache.bytes == 12
     assert cache.fetch("other", ["a"], compute).tolist() == [[0.0]]
-    with pytest.raises(ValueError, match="disk"):
+    with pytest.raises(ValueError, match="folder"):
         FeatureCache("disk")
+    with pytest.raises(ValueError, match="tape"):
+        FeatureCache("tape")
+
+
+def test_features_on_disk_outlive_the_model_but_neither_its_weights_nor_the_media(tmp_path: Path) -> None:
+    model, batch = tiny_model().requires_grad_(False).eval(), three_clips()
+
+    def cache() -> FeatureCache:
+        return FeatureCache("disk", tmp_path, lambda tower: tower_fingerprint(model, tower))
+
+    plain = model.encode(batch, cache=FeatureCache("memory"))
+    first = model.encode(batch, cache=cache())
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    again = model.encode(batch, cache=cache())
+    assert torch.equal(first.image_embeddings, plain.image_embeddings) and torch.equal(first.video, plain.video)
+    assert torch.equal(again.image_embeddings, first.image_embeddings) and torch.equal(again.video, first.video)
+    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    batch.sam_pixels[0] += 0.5  # the clip's media change under the same name
+    assert not torch.equal(model.encode(batch, cache=cache()).image_embeddings[0], first.image_embeddings[0])
+    with torch.no_grad():
+        model.segmenter.sam.image_encoder.pos_embed += 1.0
+    count = len(list(tmp_path.rglob("image_encoder-*/*")))
+    model.encode(batch, cache=cache())
+    assert len(list(tmp_path.rglob("image_encoder-*/*"))) == count + len({s.clip for s in batch.samples})
 
 
 # ---- what is trained

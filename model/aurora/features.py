@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-MODES = ("none", "memory")
+MODES = ("none", "memory", "disk")
+
+TOWERS = {
+    "vision_tower": ("backbone.vision_tower",),
+    "mm_projector": ("backbone.vision_tower", "backbone.mm_projector"),
+    "audio_tower": ("backbone.audio_tower",),
+    "mm_projector_a": ("backbone.audio_tower", "backbone.mm_projector_a"),
+    "image_encoder": ("segmenter.sam.image_encoder",),
+}
+"""What a kept feature depends on: the modules between the input and it, by the last one's name."""
 
 
 class FeatureCache:
@@ -17,16 +30,27 @@ class FeatureCache:
     augmentation: a key must name the exact tensor that the tower reads (`Sample.video_key`, `Sample.audio_key`).
 
     Args:
-        mode: "none" computes every time; "memory" keeps everything that was computed (data.feature_cache).
+        mode: "none" computes every time; "memory" keeps everything that was computed; "disk" keeps it in files, for
+            later epochs, stages and runs (data.feature_cache).
+        folder: of mode "disk".
+        fingerprint: tower name -> what its outputs depend on besides the input (`tower_fingerprint`); features of
+            other weights lie in other folders.
 
     Raises:
-        ValueError: for another mode.
+        ValueError: for another mode, or "disk" without folder and fingerprint.
     """
 
-    def __init__(self, mode: str = "none") -> None:
+    def __init__(
+        self, mode: str = "none", folder: Path | None = None, fingerprint: Callable[[str], str] | None = None
+    ) -> None:
         if mode not in MODES:
             raise ValueError(f"feature cache mode is {mode!r}; must be one of {MODES}")
+        if mode == "disk" and (folder is None or fingerprint is None):
+            raise ValueError("feature cache mode is 'disk': a folder and a fingerprint are needed")
         self.mode = mode
+        self._folder = folder
+        self._fingerprint = fingerprint
+        self._folders: dict[str, Path] = {}
         self._stored: dict[tuple[str, str], Tensor] = {}
 
     def __len__(self) -> int:
@@ -37,16 +61,24 @@ class FeatureCache:
         """Memory held."""
         return sum(x.numel() * x.element_size() for x in self._stored.values())
 
-    def fetch(self, tower: str, keys: Sequence[str], compute: Callable[[list[int]], Tensor]) -> Tensor:
+    def fetch(
+        self,
+        tower: str,
+        keys: Sequence[str],
+        compute: Callable[[list[int]], Tensor],
+        inputs: Tensor | None = None,
+    ) -> Tensor:
         """Features of the B rows that `keys` name.
 
-        In mode "memory" new clips are computed one by one: the last bits of a batched result depend on what else is in
-        the batch, and a resumed run, whose memory is empty, meets its clips in other company.
+        Kept features are computed one by one: the last bits of a batched result depend on what else is in the batch,
+        and a resumed run, whose memory is empty, meets its clips in other company.
 
         Args:
             tower: name of the tower.
             keys: B clip keys; equal keys share one entry.
             compute: given row indices [R] of the batch, their features [R,...] on the compute device.
+            inputs: [B,...] what the tower reads. Mode "disk" needs it: files are named by the input's digest, so that
+                a clip whose media changed is never served its old features.
 
         Returns:
             [B,...] on the device of `compute`'s result, or on the CPU if nothing was new; from the memory bit for bit.
@@ -54,10 +86,47 @@ class FeatureCache:
         if self.mode == "none":
             return compute(list(range(len(keys))))
         device = torch.device("cpu")
+        kept: dict[str, Tensor] = {}
         for row, key in enumerate(keys):
-            if (tower, key) not in self._stored:
-                features = compute([row])[0].detach()
-                device = features.device
-                # A copy, or the entry would hold the memory of the whole result.
-                self._stored[tower, key] = features.to("cpu", copy=True)
-        return torch.stack([self._stored[tower, key] for key in keys]).to(device)
+            if key in kept:
+                continue
+            path = self._path(tower, key, inputs[row]) if self.mode == "disk" else None
+            kept[key], source = self._get(tower, key, path, lambda row=row: compute([row])[0].detach())
+            device = device if source is None else source
+        return torch.stack([kept[key] for key in keys]).to(device)
+
+    def _get(
+        self, tower: str, key: str, path: Path | None, compute: Callable[[], Tensor]
+    ) -> tuple[Tensor, torch.device | None]:
+        """The kept features of one clip, computed and kept if they are new; and the device where they were computed."""
+        if path is None and (tower, key) in self._stored:
+            return self._stored[tower, key], None
+        if path is not None and path.is_file():
+            return load_file(path)["features"], None
+        features = compute()
+        # A copy, or the entry would hold the memory of the whole result.
+        copy = features.to("cpu", copy=True).contiguous()
+        if path is None:
+            self._stored[tower, key] = copy
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            building = path.with_name(f"{path.name}.{os.getpid()}")  # several processes may meet the same clip
+            save_file({"features": copy}, building)
+            building.replace(path)
+        return copy, features.device
+
+    def _path(self, tower: str, key: str, inputs: Tensor) -> Path:
+        if tower not in self._folders:
+            self._folders[tower] = self._folder / f"{tower}-{self._fingerprint(tower)}"
+        digest = hashlib.sha256(inputs.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+        return self._folders[tower] / f"{key}-{digest}.safetensors"
+
+
+def tower_fingerprint(model: nn.Module, tower: str) -> str:
+    """16 hex digits that change with any weight between a tower's input and the kept feature, and with their type."""
+    digest = hashlib.sha256()
+    for name in TOWERS[tower]:
+        for key, value in sorted(model.get_submodule(name).state_dict().items()):
+            digest.update(f"{name}.{key} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
