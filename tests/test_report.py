@@ -30,7 +30,7 @@ def summary():
         "faithful": 44.0,
     }
     probe = {"stage": "sft", "test_s": scores(50.0), "kinds": {"visual": scores(69.0), EVIL: scores(20.0)}}
-    return {"stages": {"teacher": {"test_s": scores(85.0)}, "sft": stage}, "probes": {"shuffle_audio": probe},
+    return {"stages": {"teacher": {"test_s": scores(85.0), "answers": "given"}, "sft": stage}, "probes": {"shuffle_audio": probe},
             "seconds": {"train sft": 12.5}, "config": EVIL, "git": "abc"}
 
 
@@ -96,7 +96,8 @@ def test_page_asks_for_nothing_outside_itself():
 def test_page_holds_scores_probes_curves_clips_and_sentences():
     reader = read_page("Mini run", summary(), [clip(row) for row in range(13)], charts())
     text = " ".join(reader.text)
-    for wanted in ("80.00", "7.25", "81.00", "91.50", "-30.00", "-40.00", "12.50", "class wrong", "unfaithful"):
+    for wanted in ("80.00", "7.25", "81.00", "91.50", "-30.00", "-40.00", "12.50", "class wrong", "unfaithful",
+                   "teacher: reads the true class"):
         assert wanted in text, wanted
     assert reader.tags.count("article") == 13 and reader.tags.count("svg") == 1
     assert reader.tags.count("audio") == 13
@@ -157,7 +158,8 @@ def test_strip_shows_three_rows(frames, columns):
     masks = np.zeros((frames, 40, 60), bool)
     image = strip(clip_frames, masks, masks)
     assert image.shape == (3 * 40 + 2 * 3, columns * 60 + (columns - 1) * 3, 3)
-    assert np.array_equal(image[:40, :60], clip_frames[0]) and np.array_equal(image[-40:, -60:], clip_frames[-1])
+    assert np.array_equal(image[:40, :60], clip_frames[0]) and np.array_equal(image[:40, -60:], clip_frames[-1])
+    assert np.array_equal(image[-40:, -60:], clip_frames[-1] // 2)  # nothing predicted: all dimmed
     assert strip(clip_frames, masks, masks, max_width=30).shape[0] == 3 * 20 + 2 * 3
 
 

@@ -125,6 +125,7 @@ def evaluation_facts(config: RunConfig, stage: str, checkpoint: Path) -> dict[st
         "checkpoint": str(checkpoint),
         "checkpoint_sha256": hash_files(checkpoint.glob("trained.*")),
         "stage": stage,
+        "answers": "given" if stage == "teacher" else "generated",
         "probe": config.eval.probe,
         "files": describe_files([*base, Path(config.model.sam_checkpoint), *tables]),
         "git": git_state(),

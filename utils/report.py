@@ -6,6 +6,7 @@ request. Every text that comes from data or from a model is escaped.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from utils.tables import Cell, text
 from utils.visualize import data_uri
 
 POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-SPLITS = {"test_s": "seen", "test_u": "unseen", "mix": "mix (S+U)"}
+SPLITS = {"test_s": "seen", "test_u": "unseen", "mix": "mix"}
 PROTOCOLS = {
     "official": "256 x 256, J at 0.4, F and S pooled over 4 expressions",
     "per_expression": "native size, J at 0.5, every expression on its own",
@@ -58,9 +59,10 @@ def render_page(title: str, summary: Mapping[str, Any], clips: Sequence[Clip], c
         charts: shown in this order.
     """
     stages, probes = summary["stages"], summary.get("probes", {})
+    origin = f"code {summary.get('git')}, config {json.dumps(summary.get('config'))}"
     body = [
         f"<h1>{escape(title)}</h1>",
-        f'<p class="meta">code {escape(str(summary.get("git")))}, config {escape(str(summary.get("config")))}</p>',
+        f'<p class="meta">{escape(origin)}</p>',
         "<h2>Stages</h2>",
         *[_stage_table(stages, protocol) for protocol in PROTOCOLS],
         *_kind_section(stages),
@@ -112,8 +114,12 @@ def _stage_table(stages: Mapping[str, Any], protocol: str) -> str:
         counted = [split["n"] for split in (stage.get(s) for s in ("test_s", "test_u", "test_n")) if split]
         rows.append([*row, _of(stage.get("test_n"), protocol).get("S"), stage.get("class_accuracy"),
                      stage.get("faithful"), sum(counted)])
-    note = f'<p class="note">Protocol {protocol}: {PROTOCOLS[protocol]}. Percent; S: lower is better.</p>'
-    return _table(f"Scores of the stages, protocol {protocol}", header, rows) + note
+    note = f"Protocol {protocol}: {PROTOCOLS[protocol]}. Percent; S: lower is better; mix: mean of seen and unseen."
+    given = [name for name, stage in stages.items() if stage.get("answers") == "given"]
+    if given:
+        note += f" {', '.join(given)}: reads the true class instead of answering, as when it teaches."
+    table = _table(f"Scores of the stages, protocol {protocol}", header, rows)
+    return f'{table}<p class="note">{escape(note)}</p>'
 
 
 def _kind_section(stages: Mapping[str, Any]) -> list[str]:

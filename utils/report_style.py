@@ -9,8 +9,9 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1200px; 
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 p.note, figcaption, .meta { color: GrayText; font-size: .9rem; }
 .scroll { overflow-x: auto; } .scroll:focus-visible, button:focus-visible { outline: 2px solid #2a78d6; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+td, tbody th { white-space: nowrap; } th { vertical-align: bottom; }
+th, td { padding: .25rem .55rem; text-align: right; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; } thead th { border-bottom-width: 2px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: .6rem; }
 svg { width: 100%; height: auto; } svg text { font-size: 10px; fill: CanvasText; } svg text.t { font-size: 12px; }

@@ -44,6 +44,8 @@ def strip(
 ) -> np.ndarray:
     """A clip at a glance, uint8 [.,.,3] RGB: rows = frames, ground truth, prediction; columns = frames evenly spread.
 
+    Outside the masks frames are dimmed.
+
     Args:
         frames: uint8 [T,H,W,3] RGB; frames of another size (exchanged by a probe) are stretched to the masks'.
         truth: bool [T,H,W].
@@ -56,8 +58,8 @@ def strip(
         frames = np.stack([cv2.resize(frame, truth.shape[:0:-1]) for frame in frames])
     rows = [
         [_shrink(frames[t], max_width) for t in chosen],
-        [_shrink(overlay(frames[t], truth[t], TRUTH), max_width) for t in chosen],
-        [_shrink(overlay(frames[t], prediction[t], PREDICTION), max_width) for t in chosen],
+        [_shrink(_spotlight(frames[t], truth[t], TRUTH), max_width) for t in chosen],
+        [_shrink(_spotlight(frames[t], prediction[t], PREDICTION), max_width) for t in chosen],
     ]
     return _stack([_stack(row, axis=1) for row in rows], axis=0)
 
@@ -82,6 +84,11 @@ def save_masks(folder: Path, masks: np.ndarray) -> None:
         path = folder / f"{t:05d}.png"
         if not cv2.imwrite(str(path), mask.astype(np.uint8) * 255):
             raise OSError(f"{path}: could not be written (disk full or folder not writable?)")
+
+
+def _spotlight(frame: np.ndarray, mask: np.ndarray, colour: Colour) -> np.ndarray:
+    """`overlay` with the rest of the frame dimmed, so that masks stand out on any colour."""
+    return overlay(np.where(mask[..., None], frame, frame // 2), mask, colour)
 
 
 def _shrink(image: np.ndarray, max_width: int) -> np.ndarray:
