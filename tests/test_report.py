@@ -30,7 +30,8 @@ def summary():
         "faithful": 44.0,
     }
     probe = {"stage": "sft", "test_s": scores(50.0), "kinds": {"visual": scores(69.0), EVIL: scores(20.0)}}
-    return {"stages": {"teacher": {"test_s": scores(85.0), "answers": "given"}, "sft": stage}, "probes": {"shuffle_audio": probe},
+    teacher = {"test_s": scores(85.0), "answers": "given"}
+    return {"stages": {"teacher": teacher, "sft": stage}, "probes": {"shuffle_audio": probe},
             "seconds": {"train sft": 12.5}, "config": EVIL, "git": "abc"}
 
 
