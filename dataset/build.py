@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from configs.schema import RunConfig
@@ -15,6 +15,7 @@ from dataset.mixture import MixtureSampler
 from dataset.processor import AuroraProcessor
 from dataset.prompt import Prompts
 from dataset.refavs import RefAvsIndex
+from dataset.reflective import read_reflective
 from utils.errors import DataError
 from utils.types import Sample
 
@@ -44,8 +45,12 @@ def build_processor(
     )
 
 
-def training_clips(config: RunConfig, processor: AuroraProcessor, prompts: Prompts) -> ClipDataset:
+def training_clips(
+    config: RunConfig, processor: AuroraProcessor, prompts: Prompts
+) -> ClipDataset | ConcatDataset[Sample]:
     """The clips of the training split with their target answers, and the teacher's where the run distils.
+
+    Stage reflective trains on two sources: the reflective paths, then the standard ones.
 
     Rows without a usable reasoning are an error or left out, as `data.incomplete_reasoning` says.
 
@@ -72,16 +77,39 @@ def training_clips(config: RunConfig, processor: AuroraProcessor, prompts: Promp
         max_audio_seconds=data.max_audio_seconds,
         seed=config.seed,
     )
-    return ClipDataset(index, rows, processor, prompts, cot, settings)
+    standard = ClipDataset(index, rows, processor, prompts, cot, settings)
+    if config.stage != "reflective":
+        return standard
+    options = config.reflective
+    paths = read_reflective(options.paths, index, options.target, options.loss_on)
+    chosen = [row for row in index.rows(data.train_split) if row.row in paths]
+    if len(chosen) < len(paths):
+        strangers = sorted(paths.keys() - {row.row for row in chosen})
+        raise DataError(
+            f"{', '.join(options.paths)}: row {strangers[0]} is not in split {data.train_split}. "
+            "Remedy: mine and correct the training split alone."
+        )
+    return ConcatDataset([ClipDataset(index, chosen, processor, prompts, paths, settings), standard])
 
 
 def training_batches(
-    config: RunConfig, clips: ClipDataset, rank: int = 0, world: int = 1, consumed: int = 0
+    config: RunConfig, clips: Dataset[Sample], rank: int = 0, world: int = 1, consumed: int = 0
 ) -> DataLoader[Sample]:
     """An endless loader of this process's batches.
 
     Args:
+        clips: from `training_clips`; two joined sources are mixed as `reflective.*_count` say.
         consumed: samples that all processes together have used already (a resumed run).
+
+    Raises:
+        DataError: more records are wanted of a source than it has.
     """
-    order = MixtureSampler([len(clips)], config.seed, rank=rank, world=world, consumed=consumed)
+    sizes, counts = [len(clips)], [None]
+    if isinstance(clips, ConcatDataset):
+        sizes = [len(source) for source in clips.datasets]
+        counts = [config.reflective.reflective_count, config.reflective.standard_count]
+        for name, size, count in zip(("reflective_count", "standard_count"), sizes, counts, strict=True):
+            if count is not None and count > size:
+                raise DataError(f"reflective.{name} = {count}, but there are {size} records. Remedy: lower it.")
+    order = MixtureSampler(sizes, config.seed, counts, rank, world, consumed)
     return build_loader(clips, order, config.engine.micro_batch, config.data.num_workers, config.seed)

@@ -148,6 +148,7 @@ class ClipDataset(Dataset[Sample]):
             teacher_ids=self._answer(row, settings.teacher_answer),
             video_key=video_clip,
             audio_key=audio_key,
+            label_start=self._label_start(row),
             frames=frames if settings.keep_frames else None,
             truth=row.truth,
         )
@@ -193,6 +194,13 @@ class ClipDataset(Dataset[Sample]):
             return torch.empty(0, dtype=torch.int64)
         record = self.cot.get(row.row)
         return self.prompts.answer_ids(kind, row.class_name, None if record is None else record.reasoning)
+
+    def _label_start(self, row: Row) -> int:
+        """First answer token that counts in the cross entropy."""
+        record = self.cot.get(row.row)
+        if self.settings.answer != "reasoning" or record is None:
+            return 0
+        return self.prompts.answer_start(record.reasoning, record.loss_from)
 
 
 def derangement(clips: Sequence[str], seed: int) -> dict[str, str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +37,8 @@ class CotRecord:
     """Text without the ending "It is [SEG].", which `dataset.prompt` writes."""
     target: str
     """Class that the reasoning arrives at."""
+    loss_from: int = 0
+    """Character of `reasoning` from which its tokens count in the cross entropy (`dataset.reflective`); not written."""
 
 
 def read_cot(
@@ -56,10 +58,10 @@ def read_cot(
     origin: dict[int, str] = {}
     faults: list[str] = []
     for path in paths:
-        for line, text in _lines(Path(path)):
+        for line, text in numbered_lines(Path(path)):
             where = f"{path}, line {line}"
             try:
-                record = _parse(text, index)
+                record = parse_record(text, index)
                 if record.row in records:
                     raise ValueError(
                         f"row {record.row} is given in {origin[record.row]} too. Remedy: keep one of the two."
@@ -73,13 +75,15 @@ def read_cot(
                 continue
             records[record.row] = record
             origin[record.row] = where
-    _raise(faults)
+    raise_faults(faults)
     return records
 
 
 def write_cot(path: str | Path, records: Iterable[CotRecord]) -> None:
     """Write records, one JSON object a line, sorted by row."""
-    lines = (json.dumps(asdict(r), ensure_ascii=False) for r in sorted(records, key=lambda r: r.row))
+    names = ("row", "uid", "reasoning", "target")
+    ordered = sorted(records, key=lambda r: r.row)
+    lines = (json.dumps({name: getattr(r, name) for name in names}, ensure_ascii=False) for r in ordered)
     Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
@@ -127,7 +131,7 @@ def import_published(
             records.append(CotRecord(row.row, row.uid, text, row.class_name))
         elif too_long == "error":
             faults.append(f"{where}: {_long(text)}")
-    _raise(faults)
+    raise_faults(faults)
     return records
 
 
@@ -136,20 +140,28 @@ def rows_with_reasoning(rows: Iterable[Row], records: Mapping[int, CotRecord]) -
     return [row for row in rows if row.row in records]
 
 
-def _lines(path: Path) -> list[tuple[int, str]]:
-    """(line number from 1, text) of the lines that are not blank."""
+def numbered_lines(path: Path, remedy: str = "set data.cot, or run scripts/generate_cot.py") -> list[tuple[int, str]]:
+    """(line number from 1, text) of the lines of a JSONL file that are not blank.
+
+    Raises:
+        DataError: no such file (with `remedy`), or not UTF-8.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file. Remedy: set data.cot, or run scripts/generate_cot.py.") from error
+        raise DataError(f"{path}: no such file. Remedy: {remedy}.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: {error}; the file is UTF-8. Remedy: convert it.") from error
     # split at "\n" alone: str.splitlines would also cut at U+2028, which JSON allows inside a string
     return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
-def _parse(text: str, index: RefAvsIndex | None) -> CotRecord:
-    """Raises ValueError with rule and remedy."""
+def parse_record(text: str, index: RefAvsIndex | None) -> CotRecord:
+    """One line as a record; further keys are passed over.
+
+    Raises:
+        ValueError: with rule and remedy.
+    """
     try:
         fields: Any = json.loads(text)
     except json.JSONDecodeError as error:
@@ -197,7 +209,8 @@ def _long(reasoning: str) -> str:
     )
 
 
-def _raise(faults: list[str]) -> None:
+def raise_faults(faults: list[str], kind: str = "reasoning") -> None:
+    """DataError with the first of the faults in words, if there are any."""
     if faults:
         more = f"\n  and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-        raise DataError("\n  ".join([f"{len(faults)} faulty reasoning records:", *faults[:_SHOWN]]) + more)
+        raise DataError("\n  ".join([f"{len(faults)} faulty {kind} records:", *faults[:_SHOWN]]) + more)

@@ -137,6 +137,18 @@ class Prompts:
         before = self._before_seg(kind, class_name, reasoning)
         return torch.tensor([*self._text(before), self.seg_id, *self._text("."), self._end])
 
+    def answer_start(self, reasoning: str, character: int) -> int:
+        """Number of the first token of `answer_ids("reasoning", ...)` that holds text from `character` on.
+
+        Args:
+            reasoning: chain of thought, without the ending.
+            character: position in it, 0..len(reasoning); 0 gives 0.
+        """
+        if character <= 0:
+            return 0
+        offsets = self._plain.encode(f"{reasoning} It is ", add_special_tokens=False).offsets
+        return next(i for i, (_, end) in enumerate(offsets) if end > character)
+
     def answer_text(self, kind: AnswerKind, class_name: str, reasoning: str | None = None) -> str:
         """The same answer as text, without <|im_end|>."""
         return f"{self._before_seg(kind, class_name, reasoning)}{self._seg_token}."

@@ -61,9 +61,13 @@ class Sample:
     teacher_ids: Tensor
     """int64 [L]: the answer that the distillation teacher reads; empty where no teacher is used."""
     video_key: str
-    """Names the frames (the clip's id, or another clip's under a probe): features of frozen towers are cached by it."""
+    """Names the frames of `pixel_values` (the clip, or another one under a probe): features of frozen towers are cached
+    by it. `sam_pixels` are always the clip's own."""
     audio_key: str
     """Names the sound likewise."""
+    label_start: int = 0
+    """First token of `answer_ids` that counts in the cross entropy (reflective paths: the correction may count alone);
+    the tokens before it are read all the same."""
     frames: np.ndarray | None = None
     """uint8 [T,H,W,3] RGB at native size, kept only where pictures are asked for."""
     truth: dict | None = None
@@ -135,8 +139,11 @@ class MediaFeatures:
 
     def repeat(self, group: int) -> MediaFeatures:
         """Each clip `group` times in a row: [B*group, ...]."""
-        again = {f.name: None if (x := getattr(self, f.name)) is None else x.repeat_interleave(group, 0) for f in fields(self)}
-        return MediaFeatures(**again)
+
+        def again(features: Tensor | None) -> Tensor | None:
+            return None if features is None else features.repeat_interleave(group, 0)
+
+        return MediaFeatures(again(self.video), again(self.audio), again(self.image_embeddings))
 
 
 @dataclass

@@ -1,0 +1,29 @@
+"""Stage 2: corrective reflective-style training.
+
+| paper | published code | here | why |
+|---|---|---|---|
+| eq. 7: CE + BCE + Dice, no distillation | the trainer of stage 1 with other data (train_ds.py:245-273) | the same, weights by config | the model has its segmentation from the teacher already |
+| eq. 3: y_wrong + trigger + y_correct replaces the target | a list of finished texts | `dataset.reflective` builds and reads them | the parts stay known by their spans |
+| 3.2: "using the cross-entropy loss" on the path | all tokens | `reflective.loss_on`: all, or the correction alone | with `all` the model is also taught to write the mistake; both are trained on the same input |
+| Table 4, CT: corrected paths alone | - | `reflective.target: corrected_only` | one config value |
+"""  # noqa: E501 (a table)
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from model.stages.base import Prepared, SupervisedStage
+from model.videollama2.splice import ignore_before
+from utils.types import Batch
+
+
+class ReflectiveStage(SupervisedStage):
+    """Cross entropy of reflective and standard answers from `Sample.label_start` on, and their mask losses (eq. 7)."""
+
+    @torch.no_grad()
+    def prepare(self, batch: Batch) -> Prepared:
+        """Lay the batch out and leave the tokens before each sample's `label_start` unlabelled."""
+        prepared = super().prepare(batch)
+        return replace(prepared, packed=ignore_before(prepared.packed, [s.label_start for s in batch.samples]))
