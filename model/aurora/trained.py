@@ -76,16 +76,20 @@ def save_trained(model: AuroraModel, folder: str | Path, write: bool = True) -> 
         raise RuntimeError("save_trained: the model has no trainable settings; call apply_trainable first")
     names = trained_names(model)
     tensors = {name: _whole(parameter) for name, parameter in model.named_parameters() if name in names}
-    if not write:
-        return
-    folder = Path(folder)
+    if write:
+        write_trained(Trained(Path(folder), config, model.seg_token_id, tensors))
+
+
+def write_trained(trained: Trained) -> None:
+    """Write a light checkpoint into its folder; each file appears whole, the settings last."""
+    folder, tensors = trained.folder, trained.tensors
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{TENSORS}.part"
     save_file(tensors, part, metadata={"format": "pt"})
     settings = {
         "format": FORMAT,
-        "trainable": config.model_dump(mode="json"),
-        "seg_token_id": model.seg_token_id,
+        "trainable": trained.trainable.model_dump(mode="json"),
+        "seg_token_id": trained.seg_token_id,
         "sha256": file_digest(part),
         "names": sorted(tensors),
     }
