@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -78,43 +79,74 @@ def _spatial(scene: Scene) -> Iterator[Question]:
             yield Question("spatial", f"The object just right of the {name}.", k + 1, anchor)
 
 
-def _roles(scene: Scene) -> Iterator[tuple[str, str, str, Callable[[Thing], bool]]]:
-    """(kind, phrase, phrase with a colour slot, test) for each way in which sound picks things."""
+@dataclass(frozen=True)
+class _Role:
+    """A way in which sound picks things: its phrase, the phrase with a colour slot, the verb of its explanation."""
+
+    kind: str
+    phrase: str
+    coloured: str
+    verb: str
+    test: Callable[[Thing], bool]
+
+    def explain(self, things: list[Thing]) -> str:
+        names = list(dict.fromkeys(thing.class_name for thing in things))
+        verb = self.verb if len(names) == 1 else {"makes": "make", "is": "are"}[self.verb.split()[0]] + self.verb[5:]
+        return f"the {' and the '.join(names)} {verb}"
+
+
+def _roles(scene: Scene) -> list[_Role]:
     names = [name for name, _ in scene.sounds]
-    yield "audio", "object making a sound", "{} object making a sound", lambda t: t.class_name in names
-    yield "audio", "silent object", "{} silent object", lambda t: t.class_name not in names
+    roles = [
+        _Role("audio", "object making a sound", "{} object making a sound", "makes a sound",
+              lambda t: t.class_name in names),
+        _Role("audio", "silent object", "{} silent object", "makes no sound", lambda t: t.class_name not in names),
+    ]  # fmt: skip
     if len(names) == 2:
         loud = next(name for name, level in scene.sounds if level == "loud")
         quiet = next(name for name in names if name != loud)
-        yield "audio", "louder object", "louder {} object", lambda t: t.class_name == loud
-        yield "audio", "quieter object", "quieter {} object", lambda t: t.class_name == quiet
+        for word, name in (("louder", loud), ("quieter", quiet)):
+            test = partial(_is_of, name)
+            roles.append(_Role("audio", f"{word} object", f"{word} {{}} object", f"is {word}", test))
         for order, name in zip(("first", "last"), names, strict=True):
             phrase = "object to make a sound"
-            yield "temporal", f"{order} {phrase}", f"{order} {{}} {phrase}", lambda t, n=name: t.class_name == n
+            roles.append(_Role("temporal", f"{order} {phrase}", f"{order} {{}} {phrase}", f"sounds {order}",
+                               partial(_is_of, name)))  # fmt: skip
+    return roles
+
+
+def _is_of(name: str, thing: Thing) -> bool:
+    return thing.class_name == name
 
 
 def _auditory(scene: Scene) -> Iterator[Question]:
     things = scene.things
-    for kind, phrase, coloured, test in _roles(scene):
-        k = _only(things, test)
-        if k is not None:
-            yield Question(kind, f"The {phrase}.", k)
-            anchor = f"the {phrase} is the {things[k].name} {place(k)}"
-            if phrase != "silent object":
+    for role in _roles(scene):
+        passing = [k for k, thing in enumerate(things) if role.test(thing)]
+        explained = role.explain([things[k] for k in passing]) if passing else ""
+        if len(passing) == 1:
+            k = passing[0]
+            yield Question(role.kind, f"The {role.phrase}.", k, explained)
+            if role.phrase != "silent object":
+                anchor = f"{explained} and is {place(k)}"
                 if k > 0:
-                    yield Question("audio_spatial", f"The object just left of the {phrase}.", k - 1, anchor)
+                    yield Question("audio_spatial", f"The object just left of the {role.phrase}.", k - 1, anchor)
                 if k < len(things) - 1:
-                    yield Question("audio_spatial", f"The object just right of the {phrase}.", k + 1, anchor)
+                    yield Question("audio_spatial", f"The object just right of the {role.phrase}.", k + 1, anchor)
             continue
-        passing = [j for j, thing in enumerate(things) if test(thing)]
         if len(passing) == 2:
-            yield Question("audio_spatial", f"The {phrase} that is further left.", passing[0])
-            yield Question("audio_spatial", f"The {phrase} that is further right.", passing[1])
-        for j in passing:
-            colour = things[j].colour
-            alone = _only(things, lambda t, c=colour, p=test: p(t) and t.colour == c) == j
+            yield Question("audio_spatial", f"The {role.phrase} that is further left.", passing[0], explained)
+            yield Question("audio_spatial", f"The {role.phrase} that is further right.", passing[1], explained)
+        for k in passing:
+            colour = things[k].colour
+            alone = sum(things[j].colour == colour for j in passing) == 1
             if alone and sum(t.colour == colour for t in things) > 1:
-                yield Question(kind, f"The {coloured.format(colour)}.", j)
+                yield Question(role.kind, f"The {role.coloured.format(colour)}.", k, explained)
+
+
+def answer(scene: Scene, question: Question) -> str:
+    """Place first, then the thing: each word follows from what was said by one look-up."""
+    return f"{place(question.target)}: the {scene.things[question.target].name}"
 
 
 def clause(reference: str) -> str:
@@ -160,7 +192,7 @@ def reasoning(scene: Scene, question: Question | None, reference: str, rng: np.r
         return " ".join([*steps, f"{close} the target is null."])
     thing = scene.things[question.target]
     relation = f"{question.anchor}, so " if question.anchor else ""
-    steps.append(f"{opening} {clause(reference)}: {relation}it is the {thing.name} {place(question.target)}.")
+    steps.append(f"{opening} {clause(reference)}: {relation}it is {answer(scene, question)}.")
     return " ".join([*steps, f"{close} the target is {thing.class_name}."])
 
 
@@ -198,7 +230,6 @@ def chain_is_faithful(text: str, truth: dict, reference: str) -> bool:
     expected = [w for name, level in truth["sounds"] for w in ((name,) if level == "alone" else (name, level))]
     target = truth["target"]
     colour, name = (None, "null") if target is None else truth["things"][target]
-    picked = restated[0].rsplit("it is the ", 1)[-1]
-    located = target is None or picked.startswith(f"{colour} {name} {place(target)}")
+    located = target is None or restated[0].endswith(f"it is {place(target)}: the {colour} {name}.")
     answered = any(sentence.endswith(f"the target is {name}.") for sentence in sentences[-2:])
     return things == truth["things"] and words == expected and located and answered

@@ -96,7 +96,7 @@ def make_scene(seed: tuple[int, ...], classes: tuple[str, ...] = SEEN_CLASSES, i
     names = list(rng.permutation(classes)[:3])
     if include is not None:
         names = [include, *(name for name in names if name != include)][:3]
-    if rng.random() < 0.45:
+    if rng.random() < 0.55:
         names[2] = names[int(rng.integers(2))]
     colours = list(rng.permutation(list(COLOURS))[:3])
     if rng.random() < 0.5:

@@ -14,6 +14,7 @@ at the end, so a killed run leaves no half-written world.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import shutil
 from concurrent.futures import ProcessPoolExecutor
@@ -76,7 +77,7 @@ def make_mini_world(
     Raises:
         FileExistsError: `root` holds something that is not a mini world.
     """
-    stamp = json.dumps(asdict(settings), indent=1, sort_keys=True) + "\n"
+    stamp = json.dumps({**asdict(settings), "generator": _generator()}, indent=1, sort_keys=True) + "\n"
     if root.exists() and any(root.iterdir()):
         if not (root / "settings.json").is_file():
             raise FileExistsError(f"{root}: not empty and not a mini world (no settings.json); name another folder")
@@ -95,6 +96,12 @@ def make_mini_world(
     if root.exists():
         shutil.rmtree(root)
     building.rename(root)
+
+
+def _generator() -> str:
+    """Digest of the code that makes the world: a world of other code is made anew."""
+    sources = (Path(module.__file__).read_bytes() for module in (scenes, language))
+    return hashlib.sha256(b"".join([*sources, Path(__file__).read_bytes()])).hexdigest()[:16]
 
 
 def plan(settings: WorldSettings) -> list[_Clip]:

@@ -84,38 +84,65 @@ def direct_questions(scene: scenes.Scene, sounds: tuple, rng: np.random.Generato
 
 
 def tree(
-    scene: scenes.Scene, rng: np.random.Generator, direct: int, after: int, sounds: tuple | None = None
+    scene: scenes.Scene, rng: np.random.Generator, direct: int, after: int, then: int = 0, sounds: tuple | None = None
 ) -> list[Branch]:
-    """Caption, `direct` questions on the media alone, and `after` questions or statements that follow the caption."""
+    """Caption, questions behind it and beside it.
+
+    Args:
+        scene: the clip.
+        rng: draws wording and questions.
+        direct: questions on the media alone, about single entities.
+        after: questions or statements that follow the caption.
+        then: instructions given before the caption and carried out after it (repeat a phrase, answer a question).
+        sounds: what is heard if not the scene's own.
+    """
     heard = scene.sounds if sounds is None else sounds
     branches = [Branch(first_turn(DESCRIBE), caption(scene, rng, heard), -1, "caption")]
     pairs = direct_questions(scene, heard, rng)
     for i in rng.integers(len(pairs), size=direct):
         branches.append(Branch(first_turn(pairs[i][0]), pairs[i][1], -1, "direct"))
-    if sounds is None:
-        branches += _relations(scene, rng, after)
+    if sounds is not None:
+        return branches
+    for _ in range(after):
+        question = _draw(scene, rng)
+        phrase, answer = language.clause(question.reference), f"{language.answer(scene, question)}."
+        reason = f"{question.anchor}, so " if question.anchor and rng.random() < 0.6 else ""
+        if rng.random() < 0.6:
+            opening = f" {phrase[:1].upper()}{phrase[1:]}:"
+            branches.append(Branch(opening, f" {reason}{answer}", 0, f"state-{question.kind}", on_text=True))
+        else:
+            told = f"{reason}{answer}"
+            branches.append(Branch(user_turn(f"Where is {phrase}?"), told, 0, f"ask-{question.kind}"))
+    for _ in range(then):
+        branches.append(_instruction(scene, rng))
     return branches
 
 
-def _relations(scene: scenes.Scene, rng: np.random.Generator, count: int) -> list[Branch]:
+def _draw(scene: scenes.Scene, rng: np.random.Generator) -> language.Question:
+    """A question of the scene, each kind equally often."""
     pool = language.questions(scene)
     kinds = sorted({q.kind for q in pool})
-    branches = []
-    for _ in range(count):
-        kind = kinds[int(rng.integers(len(kinds)))]
-        of_kind = [q for q in pool if q.kind == kind]
-        question = of_kind[int(rng.integers(len(of_kind)))]
-        thing = scene.things[question.target]
-        phrase = language.clause(question.reference)
-        answer = f"{thing.name} {language.place(question.target)}."
-        if question.anchor and rng.random() < 0.5:
-            answer = f"{answer[:-1]}, since {question.anchor}."
-        if rng.random() < 0.5:
-            opening = f" {phrase[:1].upper()}{phrase[1:]} is the"
-            branches.append(Branch(opening, f" {answer}", 0, f"state-{kind}", on_text=True))
-        else:
-            branches.append(Branch(user_turn(f"What is {phrase}?"), f"The {answer}", 0, f"ask-{kind}"))
-    return branches
+    kind = kinds[int(rng.integers(len(kinds)))]
+    of_kind = [q for q in pool if q.kind == kind]
+    return of_kind[int(rng.integers(len(of_kind)))]
+
+
+def _instruction(scene: scenes.Scene, rng: np.random.Generator) -> Branch:
+    """The question stands before the description, what is asked for behind it."""
+    question = _draw(scene, rng)
+    phrase = language.clause(question.reference)
+    described = caption(scene, rng)
+    if rng.random() < 0.3:
+        return Branch(
+            first_turn(f"Describe the video, then repeat: {phrase}."),
+            f"{described} You said {phrase}.",
+            -1,
+            "then-repeat",
+        )
+    reason = f"{question.anchor}, so " if question.anchor else ""
+    told = f"{phrase[:1].upper()}{phrase[1:]}: {reason}{language.answer(scene, question)}."
+    asked = first_turn(f"Describe the video, then tell me where {phrase} is.")
+    return Branch(asked, f"{described} {told}", -1, f"then-{question.kind}")
 
 
 def pretraining_text(seed: int, scenes_count: int) -> list[str]:
@@ -124,7 +151,7 @@ def pretraining_text(seed: int, scenes_count: int) -> list[str]:
     lines = []
     for _ in range(scenes_count):
         scene = random_scene(rng)
-        for branch in tree(scene, rng, 6, 6):
+        for branch in tree(scene, rng, 6, 6, 2):
             lines.append(branch.question.replace("<|im_end|>", "").replace("<|im_start|>", "") + branch.answer)
         for question in language.questions(scene):
             lines.append(

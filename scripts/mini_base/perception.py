@@ -245,8 +245,8 @@ def pretrain_sam(segmenter: Segmenter, bank: Bank, steps: int, report: Callable[
 
 
 _CONCEPTS = (
-    ("class", 0.35), ("colour", 0.15), ("class colour", 0.15), ("class column", 0.1), ("column", 0.05),
-    ("class colour column", 0.1), ("point", 0.1),
+    ("class", 0.2), ("class colour", 0.1), ("class column", 0.1), ("class colour column", 0.1), ("colour", 0.05),
+    ("column", 0.05), ("noise colour", 0.1), ("noise column", 0.1), ("noise colour column", 0.1), ("point", 0.1),
 )  # fmt: skip
 """What prompts name, and how often."""
 
@@ -258,7 +258,10 @@ def _concept_prompt(
     facts = torch.stack([bank.classes[scene], bank.colours[scene], torch.arange(4).expand(len(scene), -1)], -1)
     named = torch.tensor([name in concept.split() for name in ("class", "colour", "column")])
     chosen = facts[torch.arange(len(scene)), wanted]
-    prompts = torch.stack([table(chosen[:, i]) for i, table in enumerate(tables) if named[i]]).sum(0)
+    parts = [table(chosen[:, i]) for i, table in enumerate(tables) if named[i]]
+    if "noise" in concept:  # a word that SAM does not know must not drown those that it knows
+        parts.append(0.5 * torch.randn(len(scene), parts[0].shape[-1]))
+    prompts = torch.stack(parts).sum(0)
     fits = ((facts == chosen[:, None]) | ~named).all(-1) & (torch.arange(4) > 0)
     target = fits.gather(1, owner.flatten(1).long()).view(owner.shape).float()
     return prompts, target

@@ -113,9 +113,9 @@ class TextTasks:
 
     def comprehension(self, language: nn.Module, count: int) -> tuple[Tensor, dict[str, float]]:
         """(loss, accuracy by group) of captions of unseen clips followed by questions."""
-        trees = [tree(random_scene(self.rng), self.rng, 0, 12) for _ in range(count)]
+        trees = [tree(random_scene(self.rng), self.rng, 0, 10, 4) for _ in range(count)]
         packed = self.packer(trees, with_media=False)
-        return tree_loss(language, packed, language.model.embed_tokens(packed.ids), {"caption": 0.1})
+        return tree_loss(language, packed, language.model.embed_tokens(packed.ids), {"caption": 0.1, "then": 0.5})
 
 
 def tree_loss(
@@ -173,11 +173,11 @@ def pretrain_joint(
     train = len(bank.scenes) - held_out
     log: list[tuple[float, dict[str, float]]] = []
     for step, share in enumerate(schedule(steps, optimiser, warmup=100), 1):
-        index = rng.integers(train, size=12)
+        index = rng.integers(train, size=8)
         loss, accuracy = _clip_loss(model, packer, bank, patches, heard, index, rng)
         recall, _ = tasks.recall(language, 6)
-        reading, _ = tasks.comprehension(language, 2)
-        _step(loss + 0.3 * (recall + reading), optimiser)
+        reading, _ = tasks.comprehension(language, 8)
+        _step(loss + 0.3 * recall + reading, optimiser)
         log.append((loss.item(), accuracy))
         if step % 50 == 0:
             recent = log[-50:]
@@ -190,7 +190,7 @@ def pretrain_joint(
 
 def _clip_loss(model: VideoLlama2, packer: TreePacker, bank: Bank, patches: Tensor, heard: Tensor, index: np.ndarray,
                rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
-    trees = [tree(bank.scenes[i], rng, 12, 5, None if bank.sounds[i] else ()) for i in index]
+    trees = [tree(bank.scenes[i], rng, 8, 5, 2, None if bank.sounds[i] else ()) for i in index]
     packed = packer(trees)
     with torch.autocast("cpu", torch.bfloat16):
         video = model.mm_projector(patches[index].float())
@@ -198,7 +198,7 @@ def _clip_loss(model: VideoLlama2, packer: TreePacker, bank: Bank, patches: Tens
     words = model.language_model.model.embed_tokens(packed.ids)
     media = torch.cat([video, audio], 1).float()
     embeddings = words.masked_scatter(packed.media[..., None], media)
-    return tree_loss(model.language_model, packed, embeddings, {"direct": 1.5, "ask": 0.5, "state": 0.5})
+    return tree_loss(model.language_model, packed, embeddings, {"direct": 1.0, "ask": 0.5, "state": 0.5, "then": 1.0})
 
 
 @torch.no_grad()
@@ -211,7 +211,12 @@ def evaluate(model: VideoLlama2, packer: TreePacker, bank: Bank, patches: Tensor
 
 
 def _table(rows: list[dict[str, float]]) -> str:
-    order = ["caption", "direct", *(f"{how}-{kind}" for how in ("ask", "state") for kind in KINDS)]
+    order = [
+        "caption",
+        "direct",
+        *(f"{how}-{kind}" for how in ("ask", "state", "then") for kind in KINDS),
+        "then-repeat",
+    ]
     means = {
         name: np.mean([row[name] for row in rows if name in row]) for name in order if any(name in row for row in rows)
     }
