@@ -196,7 +196,7 @@ class LossConfig(Section):
         None,
         "long side at which BCE and Dice are computed; null = the frames' own, as published (smaller: less memory)",
         "pixels",
-        "published code LISA_sft_distill.py:380",
+        "published code LISA_sft_distill.py:370",
         ge=16,
     )
     distill: float = knob(

@@ -6,7 +6,7 @@ the package leaves to its caller:
 * any image size: every grid and table follows from `image_size`, and a checkpoint made at another size (1024) has its
   position tables resampled. The published code works at 224 with the same bicubic resampling, but writes 224 and 14
   into the package (published code segment_anything/modeling/image_encoder.py:56, prompt_encoder.py:183 and 218);
-* a strict load: each missing, unexpected or misshapen key is named (published code build_sam.py:155 loads loosely);
+* a strict load: each missing, unexpected or misshapen key is named (published code build_sam.py:161: strict=False);
 * one decoder call for B clips of T frames. `MaskDecoder.predict_masks` repeats every image for every prompt (B*T
   images x B prompts), so `Segmenter.decode` feeds the same transformer and upscaling modules without that repeat.
 """
@@ -141,7 +141,7 @@ class Segmenter(nn.Module):
 
         One pass of the decoder for all B*T frames, with the package's own modules; equal to calling
         `sam.mask_decoder(frame, dense_pe, prompt, no_mask, multimask_output=False)` for one frame after another
-        (paper section 3.1: the [SEG] feature is the visual prompt; published code LISA_sft_distill.py:353-378).
+        (paper section 3.1: the [SEG] feature is the visual prompt; published code LISA_sft_distill.py:353-375).
         """
         clips, frames = image_embeddings.shape[:2]
         if prompts.shape != (clips, self.prompt_width):

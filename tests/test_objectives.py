@@ -88,7 +88,7 @@ def test_reduction_is_frames_then_answers() -> None:
 
 
 def test_one_answer_reduces_as_published() -> None:
-    """sum over T frames / (T + 1e-8), LISA_sft_distill.py:36 and :58."""
+    """sum over T frames / (T + 1e-8), LISA_sft_distill.py:40 and :60."""
     logits, targets = random_masks(4, 10, 4, 4)
     losses = mask_losses([logits], [targets])
     assert losses.bce.item() == pytest.approx(sum(loop_bce(logits, targets)) / (10 + 1e-8), rel=1e-5)

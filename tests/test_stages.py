@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from model.stages.base import answer_mask_losses, build_stage, combine, draw_fra
 from model.stages.sft import SftStage
 from model.stages.teacher import TeacherStage
 from tests.aurora_cases import LORA, SEG, WHOLE, run_config, stir, three_clips, tiny_batch, tiny_model, tiny_sample
+from tests.tiny_run import ROOT, environment
 from utils.errors import ConfigError, WeightsError
 from utils.types import Batch
 
@@ -150,6 +154,20 @@ def test_mask_losses_of_groups_and_of_chosen_answers() -> None:
     assert small.bce.item() == pytest.approx(both.bce.item(), rel=0.2) and small.bce.item() != both.bce.item()
 
 
+def test_mask_losses_at_a_smaller_side() -> None:
+    """`loss.mask_side` reaches the losses; without it they are those of the native size."""
+    model, batch = tiny_model(WHOLE).eval(), three_clips()
+    native, small = (
+        build_stage(run_config("teacher", loss={"mask_side": side}), model).loss(
+            build_stage(run_config("teacher"), model).prepare(batch)
+        )
+        for side in (None, 16)
+    )
+    assert small.parts["mask_loss"].item() == pytest.approx(native.parts["mask_loss"].item(), rel=0.2)
+    assert small.parts["mask_loss"].item() != native.parts["mask_loss"].item()
+    assert small.parts["ce_loss"].item() == native.parts["ce_loss"].item()
+
+
 # ---- distillation
 
 
@@ -255,3 +273,26 @@ def test_weights_apply_to_their_terms() -> None:
     assert {k: v.item() for k, v in step.parts.items()} == {
         "loss": 17.0, "ce_loss": 2.0, "mask_bce_loss": 3.0, "mask_dice_loss": 5.0, "mask_loss": 8.0, "distill_loss": 7.0
     }  # fmt: skip
+
+
+# ---- through the engine
+
+
+@pytest.mark.parametrize(
+    ("stage", "zero_stage", "precision", "loss_error", "apart"),
+    [("teacher", 3, "fp32", 1e-5, 2e-4), ("sft", 2, "fp32", 1e-5, 2e-4), ("sft", 2, "bf16", 2e-2, 1e-2)],
+)
+def test_engine_equals_the_bare_model(
+    stage: str, zero_stage: int, precision: str, loss_error: float, apart: float, tmp_path: Path
+) -> None:
+    """Towers run outside the engine's forward, the teacher swaps tensors, checkpointing is on: ZeRO must not mind."""
+    make_teacher(tmp_path, LORA_PLAIN)
+    command = [sys.executable, "-m", "tests.engine_case", stage, str(zero_stage), precision, str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["engine"] == pytest.approx(found["bare"], rel=loss_error)
+    assert found["apart"] < apart
+    assert found["engine"][0] > found["engine"][-1]

@@ -21,7 +21,7 @@ def parse_answer(text: str) -> str | None:
     that is no part of a name, at a line break, or where "It is" begins. The last occurrence counts, because a
     reflective path names a wrong object before it corrects itself (paper eq. 3). Departs from the published class
     reward, which reads one word of the second-to-last sentence, so that no hyphenated class can score
-    (LISA_grpo.py:545-549).
+    (LISA_grpo.py:173-176).
 
     Args:
         text: a decoded answer.

@@ -1,7 +1,7 @@
 """From a clip and a reference to reasoning and masks: greedy answers for evaluation, failure mining and demos.
 
 An answer without [SEG] is a failed generation: its mask is empty and `has_seg` is False. The published evaluation
-instead appends "It is [SEG]." behind the answer and decodes that (LISA_sft_distill.py:305-318), which hides how often
+instead appends "It is [SEG]." behind the answer and decodes that (LISA_sft_distill.py:252-255), which hides how often
 the format fails; `fallback="append"` does the same, and `has_seg` still tells that the model itself wrote none.
 """
 

@@ -1,7 +1,7 @@
 """Mask supervision: binary cross entropy and Dice of LISA, and their reduction over frames and answers.
 
 Paper section 6.3 (eq. 6, 7 and 8) names the two losses without their form; they are LISA's (published code
-LISA_sft_distill.py:16-59). A frame is the unit: both losses are computed per frame over all of its pixels. LISA sums
+LISA_sft_distill.py:18-61). A frame is the unit: both losses are computed per frame over all of its pixels. LISA sums
 over the frames and divides by their number plus 1e-8, for one answer. For any batch: mean over the frames of an
 answer, then mean over the answers that have a mask, so that a clip with few frames or at another size weighs the same.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 DICE_SCALE = 1000.0
-"""Divides both sums of Dice; with DICE_EPS it sets the smoothing (published code LISA_sft_distill.py:16-22)."""
+"""Divides both sums of Dice; with DICE_EPS it sets the smoothing (published code LISA_sft_distill.py:22)."""
 
 DICE_EPS = 1e-6
 """Smoothing of Dice, added after the division by DICE_SCALE: about a thousandth of a pixel."""
@@ -35,7 +35,7 @@ class MaskLosses:
 def mask_bce(logits: Tensor, targets: Tensor) -> Tensor:
     """Binary cross entropy per frame: the mean over pixels. [T,H,W] logits, [T,H,W] targets in [0,1] -> float32 [T].
 
-    Published code LISA_sft_distill.py:41-59 (`sigmoid_ce_loss`).
+    Published code LISA_sft_distill.py:44-61 (`sigmoid_ce_loss`).
     """
     loss = F.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none")
     return loss.flatten(1).mean(1)
@@ -45,7 +45,7 @@ def mask_dice(logits: Tensor, targets: Tensor) -> Tensor:
     """Dice loss per frame: 1 - (2 sum(p t)/1000 + 1e-6) / ((sum p + sum t)/1000 + 1e-6). [T,H,W] twice -> float32 [T].
 
     An empty target gives a loss near 1 whatever is predicted, unless the prediction is empty to a fraction of a pixel.
-    Published code LISA_sft_distill.py:16-38 (`dice_loss`).
+    Published code LISA_sft_distill.py:18-41 (`dice_loss`).
     """
     probabilities = logits.float().sigmoid().flatten(1)
     targets = targets.float().flatten(1)

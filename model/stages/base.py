@@ -5,7 +5,7 @@ for the forward whose output is differentiated; it is a DeepSpeed engine or the 
 through `self.model`, the `AuroraModel` itself.
 
 Losses of a `StepLoss` stand under the paper's names and are already multiplied by their weights, as the published code
-logs them (LISA_sft_distill.py:418-432): loss = ce_loss + mask_loss + distill_loss, mask_loss = mask_bce_loss +
+logs them (LISA_sft_distill.py:434-446): loss = ce_loss + mask_loss + distill_loss, mask_loss = mask_bce_loss +
 mask_dice_loss.
 """
 
@@ -90,7 +90,9 @@ class SupervisedStage(Stage):
         """Weighted sum of cross entropy, mask losses and, where a teacher was asked, distillation."""
         media = self.model.encode(prepared.batch)
         output = self.engine(prepared.packed, media, prepared.frame_index)
-        masks = answer_mask_losses(self.model, output, prepared.batch, prepared.frame_index)
+        masks = answer_mask_losses(
+            self.model, output, prepared.batch, prepared.frame_index, longest=self.config.loss.mask_side
+        )
         return combine(self.config.loss, cross_entropy(output), masks, self.distillation(prepared, output))
 
     def distillation(self, prepared: Prepared, output: AuroraOutput) -> Tensor | None:
@@ -153,7 +155,7 @@ def answer_mask_losses(
         frame_index: int64 [B * group,k], as given to the forward; None = all frames.
         group: answers per clip.
         chosen: bool [B * group], answers to leave out besides those without [SEG]; None = none.
-        longest: long side in pixels at which the losses are computed (`loss_shape`); None = native, as published.
+        longest: long side in pixels at which the losses are computed (`loss.mask_side`); None = native, as published.
 
     Returns:
         MaskLosses, zero where no answer remains.
