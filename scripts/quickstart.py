@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,21 +28,60 @@ from utils.pipeline import Pipeline, Step, locked  # noqa: E402
 from utils.results import write_json  # noqa: E402
 from utils.summary import stage_summary, summary_table, write_page  # noqa: E402
 
-DATA = Path("data/mini")
+DATA = "data/mini"
 WORLD_CODE = ("dataset/mini_*.py", "scripts/make_mini_world.py")
-CODE = ("configs/**/*.py", "configs/**/*.yaml", "dataset/*.py", "model/**/*.py", "assets/mini_base/*", "train_ds*.py")
-CODE += tuple(f"utils/{name}.py" for name in ("checkpoint", "engine", "evaluation", "metrics*", "scoring", "types"))
+CODE = ("dataset/*.py", "model/**/*.py", "assets/mini_base/*", "utils/types.py", "utils/answers.py")
+TRAIN_CODE = (*CODE, "train_ds.py", "utils/engine.py", "utils/seed.py")
+EVAL_CODE = (*CODE, "train_ds_test.py", "utils/evaluation.py", "utils/metrics*.py", "utils/scoring.py")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A script; `{out}` in its arguments is the folder of this quickstart."""
+
+    name: str
+    arguments: tuple[str, ...]
+    folder: str
+    output: str
+    sources: tuple[str, ...]
+    after: tuple[str, ...] = ()
+    stamps: str | None = None
+    full: bool = False
+
+    def step(self, options: argparse.Namespace) -> Step:
+        command, folder, output = (_fill(text, options) for text in (self.arguments, self.folder, self.output))
+        stamps = None if self.stamps is None else Path(self.stamps)
+        return Step(self.name, command, Path(folder), Path(output), self.sources, self.after, stamps=stamps)
 
 
 @dataclass(frozen=True)
 class Train:
-    """A training stage; `after` names the stages whose weights it reads."""
+    """A training stage; `after` names the steps whose results it reads."""
 
     name: str
     config: str
     overrides: tuple[str, ...] = ()
-    after: tuple[str, ...] = ()
+    after: tuple[str, ...] = ("world",)
     full: bool = False
+
+    def step(self, options: argparse.Namespace) -> Step:
+        """One call of train_ds.py; the processes share the batch of the config."""
+        folder, config = options.out / self.name, f"configs/mini/{self.config}.yaml"
+        settings = [f"output_dir={folder}", f"seed={options.seed}", *_fill(self.overrides, options)]
+        batch = load_config(config, settings).engine.micro_batch
+        if batch % options.num_gpus:
+            raise AuroraError(f"--num_gpus {options.num_gpus} must divide engine.micro_batch, {batch} in {config}")
+        settings.append(f"engine.micro_batch={batch // options.num_gpus}")
+        return Step(
+            self.name,
+            command=("train_ds.py", "--config", config, *settings),
+            settings=load_config(config, settings).model_dump_json(),
+            folder=folder,
+            output=folder / "final/config.yaml",
+            sources=TRAIN_CODE,
+            needs=self.after,
+            parallel=True,
+        )
 
 
 @dataclass(frozen=True)
@@ -58,19 +98,44 @@ class Evaluate:
     def name(self) -> str:
         return f"eval_{self.stage}" if self.probe == "none" else f"eval_{self.stage}_{self.probe}"
 
+    def step(self, options: argparse.Namespace) -> Step:
+        """One call of train_ds_test.py."""
+        folder, config = options.out / self.name, "configs/mini/eval.yaml"
+        settings = (
+            f"output_dir={folder}",
+            f"seed={options.seed}",
+            f"eval.output_dir={folder}",
+            f"eval.checkpoint={options.out / self.stage / 'final'}",
+            f"eval.splits=[{', '.join(self.splits)}]",
+            f"eval.probe={self.probe}",
+            f"eval.pictures={self.pictures}",
+        )
+        return Step(
+            self.name,
+            command=("train_ds_test.py", "--config", config, *settings),
+            settings=load_config(config, settings).model_dump_json(),
+            folder=folder,
+            output=folder / self.splits[-1] / "metrics.json",
+            sources=EVAL_CODE,
+            needs=(self.stage,),
+            parallel=True,
+        )
+
 
 TEACHER = "sft.teacher_checkpoint={out}/teacher/final"
-STEPS: tuple[Train | Evaluate, ...] = (
+STEPS: tuple[Run | Train | Evaluate, ...] = (
+    Run("world", ("scripts/make_mini_world.py", "--out", DATA), DATA, f"{DATA}/metadata.csv", WORLD_CODE,
+        stamps="data/steps"),
     Train("teacher", "teacher"),
     Evaluate("teacher", ("test_s", "test_u")),
-    Train("sft", "sft", (TEACHER,), ("teacher",)),
+    Train("sft", "sft", (TEACHER,), ("world", "teacher")),
     Evaluate("sft", ("test_s", "test_u", "test_n"), pictures=12),
     Evaluate("sft", ("test_s",), probe="shuffle_audio"),
     Evaluate("sft", ("test_s",), probe="shuffle_video"),
-    Train("sft_plain", "sft", (TEACHER, "data.answer=plain", "data.cot=[]"), ("teacher",), full=True),
+    Train("sft_plain", "sft", (TEACHER, "data.answer=plain", "data.cot=[]"), ("world", "teacher"), full=True),
     Evaluate("sft_plain", ("test_s", "test_u"), full=True),
 )
-"""What is trained and measured, in order; those marked full only with --full."""
+"""What is run, in order; those marked full only with --full."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -90,9 +155,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with locked(options.out / ".lock") as lock:
             pipeline = Pipeline(ROOT, options.out, options.num_gpus, lock)
-            pipeline.run(world_step())
             for step in chosen:
-                pipeline.run(train_step(step, options) if isinstance(step, Train) else evaluate_step(step, options))
+                pipeline.run(step.step(options))
             summary = summarise(chosen, options, pipeline.seconds)
     except AuroraError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -102,43 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def world_step() -> Step:
-    """The mini world in the official layout."""
-    command = ("scripts/make_mini_world.py", "--out", str(DATA))
-    return Step("world", command, DATA, DATA / "metadata.csv", WORLD_CODE, stamps=DATA.with_name("steps"))
-
-
-def train_step(step: Train, options: argparse.Namespace) -> Step:
-    """One call of train_ds.py; the processes share the batch of the config."""
-    folder, config = options.out / step.name, f"configs/mini/{step.config}.yaml"
-    overrides = [text.format(out=options.out) for text in step.overrides]
-    settings = [f"output_dir={folder}", f"seed={options.seed}", *overrides]
-    batch = load_config(config, settings).engine.micro_batch
-    if batch % options.num_gpus:
-        raise AuroraError(f"--num_gpus {options.num_gpus} must divide engine.micro_batch, {batch} in {config}")
-    settings.append(f"engine.micro_batch={batch // options.num_gpus}")
-    command = ("train_ds.py", "--config", config, *settings)
-    return Step(step.name, command, folder, folder / "final/config.yaml", CODE, ("world", *step.after), parallel=True)
-
-
-def evaluate_step(step: Evaluate, options: argparse.Namespace) -> Step:
-    """One call of train_ds_test.py."""
-    folder = options.out / step.name
-    settings = (
-        f"output_dir={folder}",
-        f"seed={options.seed}",
-        f"eval.output_dir={folder}",
-        f"eval.checkpoint={options.out / step.stage / 'final'}",
-        f"eval.splits=[{', '.join(step.splits)}]",
-        f"eval.probe={step.probe}",
-        f"eval.pictures={step.pictures}",
-    )
-    command = ("train_ds_test.py", "--config", "configs/mini/eval.yaml", *settings)
-    output = folder / step.splits[-1] / "metrics.json"
-    return Step(step.name, command, folder, output, CODE, ("world", step.stage), parallel=True)
-
-
-def summarise(steps: list[Train | Evaluate], options: argparse.Namespace, seconds: dict[str, float]) -> dict[str, Any]:
+def summarise(steps: Sequence[object], options: argparse.Namespace, seconds: dict[str, float]) -> dict[str, Any]:
     """Write summary.json and index.html from what the steps left."""
     evaluations = [step for step in steps if isinstance(step, Evaluate)]
     times = {**seconds, "total": sum(seconds.values())}
@@ -154,8 +182,13 @@ def summarise(steps: list[Train | Evaluate], options: argparse.Namespace, second
     write_json(options.out / "summary.json", summary)
     trained = [(step.name, options.out / step.name) for step in steps if isinstance(step, Train)]
     pictured = [options.out / e.name for e in evaluations if e.pictures]
-    write_page(options.out / "index.html", "AURORA on the mini world", summary, trained, pictured, DATA / "media")
+    write_page(options.out / "index.html", "AURORA on the mini world", summary, trained, pictured, Path(DATA) / "media")
     return summary
+
+
+def _fill(text: Any, options: argparse.Namespace) -> Any:
+    """`{out}` replaced in a text, or in each of several."""
+    return text.format(out=options.out) if isinstance(text, str) else tuple(_fill(part, options) for part in text)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ class Step:
     """Glob patterns, relative to the project, of all files that the result depends on."""
     needs: tuple[str, ...] = ()
     """Names of earlier steps."""
+    settings: str = ""
+    """The command's resolved configuration, as text."""
     parallel: bool = False
     """Whether it runs in several processes."""
     stamps: Path | None = None
@@ -121,7 +123,8 @@ class Pipeline:
             raise
 
     def _digest(self, step: Step) -> str:
-        digest = hashlib.sha256(json.dumps([step.command, [self.hashes[name] for name in step.needs]]).encode())
+        earlier = [self.hashes[name] for name in step.needs]
+        digest = hashlib.sha256(json.dumps([step.command, step.settings, earlier]).encode())
         for path in _files(self.root, step.sources):
             digest.update(f"{path.relative_to(self.root)}\0".encode() + path.read_bytes() + b"\0")
         return digest.hexdigest()
