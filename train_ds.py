@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.schema import RunConfig
 from utils.config import check_paths, help_text, load_config, save_config
-from utils.errors import AuroraError, ConfigError, Problem
+from utils.errors import AuroraError, ConfigError, Problem, plain
 
 if TYPE_CHECKING:  # imported late: --help and every configuration error come before anything heavy
     from model.stages.base import Stage
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         check_paths(config)
         run(config, options.fresh)
     except AuroraError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {plain(error)}", file=sys.stderr, flush=True)
         return 1
     return 0
 
@@ -62,8 +62,7 @@ def run(config: RunConfig, fresh: bool = False) -> None:
     from model.aurora.build import build_model
     from model.aurora.trained import save_trained
     from model.stages.base import build_stage
-    from utils import distributed
-    from utils.checkpoint import claim, put_aside, resume, save_checkpoint
+    from utils import checkpoint, distributed
     from utils.engine import build_engine
     from utils.log import RunLog, setup_logging
     from utils.seed import seed_everything
@@ -71,9 +70,10 @@ def run(config: RunConfig, fresh: bool = False) -> None:
     device = distributed.start(config.engine.threads)
     logger = setup_logging()
     output = Path(config.output_dir)
-    held = claim(output)
+    held = checkpoint.claim(output)
     if fresh:
-        put_aside(output)
+        checkpoint.put_aside(output)
+    earlier = checkpoint.checkpoint_to_resume(config)
 
     seed_everything(config.seed)  # the same on every process while weights are made
     tokenizer, seg_id = load_tokenizer(config.model.base, config.model.seg_token)
@@ -86,7 +86,7 @@ def run(config: RunConfig, fresh: bool = False) -> None:
     engine = build_engine(model, config)
     stage = build_stage(config, engine, tokenizer)
     seed_everything(config.seed, distributed.rank())
-    progress = resume(engine, config)
+    progress = checkpoint.load_checkpoint(engine, earlier) if earlier else checkpoint.Progress()
     loader = training_batches(config, clips, distributed.rank(), distributed.world_size(), progress.samples)
     log = RunLog(output, config.log, config.optim.steps, progress.step)
     if distributed.is_main():
@@ -98,7 +98,7 @@ def run(config: RunConfig, fresh: bool = False) -> None:
             save_config(config, folder)
 
     for _ in train(engine, stage, loader, config, progress, log):
-        save_checkpoint(engine, config, progress, save_weights)
+        checkpoint.save_checkpoint(engine, config, progress, save_weights)
     save_weights(output / "final")
     log.close()
     logger.info("done: %d steps, weights in %s", progress.step, output / "final")

@@ -6,7 +6,7 @@ _aurora_fail() { printf 'setup: %s\n' "$*" >&2; }
 
 _aurora_find_python() {
     local candidate
-    for candidate in ${PYTHON:-} python3.13 python3.12 python3.11 python3.10 python3; do
+    for candidate in ${PYTHON:-} python3 python3.12 python3.11 python3.10 python3.13; do
         if command -v "$candidate" >/dev/null 2>&1 &&
             "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
             command -v "$candidate"

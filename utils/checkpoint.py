@@ -143,28 +143,26 @@ def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> Progress
     engine.load_checkpoint(str(folder), tag=_ENGINE, load_module_strict=False)
     set_rng_state(torch.load(folder / f"rank_{distributed.rank()}.pt", weights_only=True))
     distributed.barrier()
+    _log.info("continuing at step %d from %s", manifest["step"], folder)
     return Progress(manifest["step"], manifest["samples"])
 
 
-def resume(engine: deepspeed.DeepSpeedEngine, config: RunConfig) -> Progress:
-    """Continue from the run's newest complete checkpoint, or start at 0; all processes call it.
+def checkpoint_to_resume(config: RunConfig) -> Path | None:
+    """The newest complete checkpoint of the run, if it may go on under `config`; all processes call it.
 
     Raises:
-        CheckpointError: it was written with another configuration (in more than `utils.config.FREE_ON_RESUME`), or
-            does not fit, see `load_checkpoint`.
+        CheckpointError: it was written with another configuration (in more than `utils.config.FREE_ON_RESUME`).
     """
     folder = find_checkpoint(config.output_dir)
     if folder is None:
-        return Progress()
+        return None
     changed = differences(config, load_config(folder / "config.yaml"))
     if changed:
         raise CheckpointError(
             f"{folder} was written with another configuration:\n  " + "\n  ".join(changed) + "\nRemedy: take the "
             "changes back, choose another output_dir, or start anew with --fresh (the earlier run keeps another name)."
         )
-    progress = load_checkpoint(engine, folder)
-    _log.info("continuing at step %d from %s", progress.step, folder)
-    return progress
+    return folder
 
 
 def claim(output: Path) -> IO[str] | None:

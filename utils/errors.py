@@ -51,3 +51,11 @@ class ConfigError(AuroraError):
         self.problems = problems
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         super().__init__("\n  ".join([f"{source}: {count}", *map(str, problems)]))
+
+
+def plain(error: AuroraError) -> str:
+    """The message without the traceback that a loader's worker process puts before it."""
+    text = str(error)
+    if "Original Traceback" not in text:
+        return text
+    return text.rpartition(f"{type(error).__name__}: ")[2].strip()
