@@ -70,6 +70,15 @@ def gather(value: T) -> list[T]:
     return values
 
 
+def all_true(flag: bool) -> bool:
+    """Whether `flag` is True in every process; cheap enough for every token that is drawn."""
+    if world_size() == 1:
+        return flag
+    votes = torch.tensor(int(flag), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(votes, dist.ReduceOp.MIN)
+    return bool(votes)
+
+
 def from_main(value: T) -> T:
     """The main process's `value` on every process."""
     box: list[Any] = [value]

@@ -3,13 +3,13 @@
 Own loop over the language model with a `DynamicCache`, because three things are wanted that `generate` does not give:
 the prompt is prefilled once for a whole group (2 to 4 times faster than `num_return_sequences`), the hidden state AT
 [SEG] is captured in the step that consumes [SEG] (the published code regenerates the full sequence for it,
-LISA_sft_distill.py:322-324), and dropout and gradient checkpointing are off whatever mode the model is in (published
+LISA_sft_distill.py:256-282), and dropout and gradient checkpointing are off whatever mode the model is in (published
 rollouts run in train mode, LISA_grpo.py:436-449).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -90,6 +90,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
+    everyone: Callable[[bool], bool] | None = None,
 ) -> Generation:
     """Draw `group` answers for each of the B prompts of `batch`.
 
@@ -101,6 +102,9 @@ def generate(
         max_new_tokens: longest answer, stop token included.
         group: answers per prompt; row b * group + g is answer g of prompt b.
         temperature, top_p, generator: see `Sampling`.
+        everyone: given whether this process's answers are done, whether those of all processes are. With it every
+            process takes the same number of steps, which partitioned weights (ZeRO-3) need: a process that stopped
+            early would leave the others waiting for its part of the next layer.
 
     Returns:
         Generation of B * group answers.
@@ -113,7 +117,7 @@ def generate(
         raise ValueError(f"max_new_tokens {max_new_tokens} and group {group} must be at least 1")
     sampling = Sampling(temperature, top_p, generator)
     with evaluating(model):
-        return _Rollout(model, batch, media, group).run(tokenizer, max_new_tokens, sampling)
+        return _Rollout(model, batch, media, group).run(tokenizer, max_new_tokens, sampling, everyone)
 
 
 class _Rollout:
@@ -133,7 +137,13 @@ class _Rollout:
         self.next_position = positions[:, -1:].repeat_interleave(group, 0) + 1
         self.hidden = hidden.repeat_interleave(group, 0)  # [R,D] state that predicts the next token
 
-    def run(self, tokenizer: Tokenizer, max_new_tokens: int, sampling: Sampling) -> Generation:
+    def run(
+        self,
+        tokenizer: Tokenizer,
+        max_new_tokens: int,
+        sampling: Sampling,
+        everyone: Callable[[bool], bool] | None,
+    ) -> Generation:
         stop = tokenizer.convert_tokens_to_ids(STOP_TOKEN)
         rows = len(self.hidden)
         finished = torch.zeros(rows, dtype=torch.bool, device=self.hidden.device)
@@ -151,7 +161,9 @@ class _Rollout:
             at_seg = (drawn == self.model.seg_token_id) & ~finished
             finished |= drawn == stop
             ended = bool(finished.all()) or step == max_new_tokens - 1
-            if ended and not bool(at_seg.any()):
+            if everyone is not None:
+                ended = everyone(ended)
+            elif ended and not bool(at_seg.any()):
                 break
             # A [SEG] drawn last is consumed too: its hidden state is what prompts SAM.
             self._append(drawn)

@@ -3,7 +3,7 @@
 What a missing [SEG] means is said here and nowhere else. An answer without [SEG] asks for no mask: its `has_seg` is
 False, its [SEG] feature is zero and carries no gradient, and its mask logits are `EMPTY_LOGIT` everywhere. So it gets
 no mask loss and no distillation, and at evaluation the J of an empty mask. (The published stages differ: SFT stops
-at such a batch, LISA_sft_distill.py:349-351; GRPO decodes the second-to-last position and trains that mask,
+at such a batch, LISA_sft_distill.py:403-438; GRPO decodes the second-to-last position and trains that mask,
 LISA_grpo.py:499-505; evaluation appends "It is [SEG].", see `model.aurora.inference`.)
 
 The [SEG] feature is text_hidden_fcs[0] of the final-norm hidden state AT the last [SEG] of the answer, in every stage
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from configs.schema import ModelConfig, TrainableConfig
 from model.aurora.features import FeatureCache
+from model.aurora.group import GroupInputs, GroupOutput, group_forward
 from model.sam import Segmenter
 from model.videollama2.backbone import VideoLlama2
 from model.videollama2.splice import splice
@@ -73,7 +74,7 @@ class AuroraModel(nn.Module):
         self.segmenter = segmenter
         self.seg_token_id = seg_token_id
         self.feature_cache = FeatureCache("none") if feature_cache is None else feature_cache
-        # One entry of a list, as checkpoints of LISA and AURORA name it (published code LISA_sft_distill.py:107-118).
+        # One entry of a list, as checkpoints of LISA and AURORA name it (published code LISA_sft_distill.py:94-100).
         projection = nn.Sequential(
             nn.Linear(width, width), nn.ReLU(), nn.Linear(width, segmenter.prompt_width), nn.Dropout(0.0)
         )
@@ -222,20 +223,24 @@ class AuroraModel(nn.Module):
     ) -> Tensor:
         return ready if ready is not None else cache.fetch(name, keys, compute, inputs).to(self.device)
 
-    def forward(self, packed: PackedInputs, media: MediaFeatures, frame_index: Tensor | None = None) -> AuroraOutput:
+    def forward(
+        self, packed: PackedInputs | GroupInputs, media: MediaFeatures, frame_index: Tensor | None = None
+    ) -> AuroraOutput | GroupOutput:
         """One teacher-forced pass.
 
         Args:
-            packed: positions of B spliced rows.
+            packed: positions of B spliced rows; or B prompts with G answers each, see `model.aurora.group`.
             media: features of the same B rows; without image embeddings no mask is decoded.
             frame_index: int64 [B,k] frames whose masks are decoded; None = all T.
 
         Returns:
-            AuroraOutput; `mask_logits` is [B,k,4h,4w] in SAM's padded square.
+            AuroraOutput; `mask_logits` is [B,k,4h,4w] in SAM's padded square. GroupOutput for groups.
 
         Raises:
             NonFiniteError: the weights are float16 and the logits overflow.
         """
+        if isinstance(packed, GroupInputs):
+            return group_forward(self, packed, media, frame_index)
         hidden = self.hidden_states(packed, media)
         # Only positions that predict a labelled token reach lm_head: [A,V] instead of [B,S,V] (2,400 x 152,064 a row).
         labels = packed.labels[:, 1:]

@@ -1,0 +1,248 @@
+"""Stage 3: group-relative policy optimisation with format, IoU and class rewards, and mask supervision.
+
+| paper | published code | here | why |
+|---|---|---|---|
+| eq. 4: (R - mean) / std | the same, unbiased std + 1e-4 | the same; without std or leave-one-out by config | see `model.objectives.policy` |
+| eq. 5: clipped ratio to the policy that sampled | ratio exp(x - x.detach()), no clipping (LISA_grpo.py:571-575) | eq. 5, eps and eps_high | the paper; matters from the second update on |
+| eq. 5: log-probabilities of the answers | gathered at positions of the sequence without media (LISA_grpo.py:252-263) | at the answers' positions, checked against step-by-step decoding | the published gradient is that of other tokens |
+| beta = 0 | beta .04 set and unused | 0: no reference exists; above: k3 against the stage's start | a second set of trained tensors, not a second model |
+| eq. 8: + BCE + Dice | 2 BCE + 0.5 Dice of every answer, of those without [SEG] at an arbitrary position (LISA_grpo.py:499-505) | `grpo.mask_loss_on`; never without [SEG] | such an answer asks for no mask |
+| - | rollouts with dropout, clips encoded once per answer | eval mode throughout, clips encoded once, prompt read once per group | the first ratio is exactly 1; `model.aurora.group` |
+| - | top_p .9 in sampling, not in scoring | the same: old and new are both scored without the cut | a ratio of two cut distributions may be 0 / 0 |
+
+The old log-probabilities are those of the first scoring pass after sampling: the weights have not moved yet, so that
+pass IS the sampling policy, in the very numerics of the later passes. Nothing is computed twice, and the first ratio is
+exactly 1 in every precision; those that sampling itself saw differ by rounding (`sampling_gap`).
+"""  # noqa: E501 (a table)
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedTokenizerBase
+
+from configs.schema import RunConfig
+from model.aurora.features import FeatureCache
+from model.aurora.generation import generate
+from model.aurora.group import GroupInputs, GroupOutput, pack_group
+from model.aurora.model import AuroraModel
+from model.objectives.policy import (
+    GroupAdvantages,
+    clipped_surrogate,
+    group_advantages,
+    k3_divergence,
+    policy_mean,
+    token_log_probs,
+)
+from model.objectives.rewards import Judged, Rewards, frame_iou, load_rewards, names_class, score
+from model.stages.base import Stage, answer_mask_losses, draw_frames
+from utils import distributed
+from utils.errors import ConfigError, Problem
+from utils.types import Batch, Generation, MediaFeatures, StepLoss
+
+TOWERS = ("backbone.vision_tower.", "backbone.mm_projector.", "backbone.audio_tower.", "backbone.mm_projector_a.")
+
+
+@dataclass
+class Rollouts:
+    """B clips with G judged answers each, R = B * G; answer a belongs to clip a // G."""
+
+    batch: Batch
+    media: MediaFeatures
+    """Features made without gradient; those of frozen towers serve the loss too."""
+    packed: GroupInputs
+    answers: Generation
+    rewards: Rewards
+    advantages: GroupAdvantages
+    trained: Tensor
+    """bool [R]: answers in the policy loss (all, or those not truncated)."""
+    supervised: Tensor
+    """bool [R]: answers whose masks are trained."""
+    frame_index: Tensor | None
+    """int64 [R,k] frames with a mask loss; None = all T."""
+    reference: Tensor | None
+    """float32 [R,L] log-probabilities under the policy of the stage's start; None at beta 0."""
+    old_log_probs: Tensor | None = None
+    """float32 [R,L]: kept by the first loss."""
+
+
+class GrpoStage(Stage):
+    """Sample, judge, and raise the probability of what was better than its group.
+
+    The model is put into eval mode and stays there: dropout would make the first ratio differ from 1, and checkpointed
+    layers are computed again in backward, after `loss` has returned.
+
+    Raises:
+        ConfigError: an unknown reward, or a reference policy under ZeRO-3.
+    """
+
+    def __init__(self, config: RunConfig, engine: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        super().__init__(config, engine, tokenizer)
+        g = config.grpo
+        self.rewards = load_rewards(g.reward_weights, g.reward_module, g.class_scoring)
+        self.reference = Reference(self.model) if g.beta > 0 else None
+        self.with_masks = g.mask_loss_on != "none"
+
+    @torch.no_grad()
+    def prepare(self, batch: Batch) -> Rollouts:
+        """Draw G answers per clip, judge each by its words and by its masks."""
+        g, model = self.config.grpo, self.model.eval()
+        media = model.encode(batch)
+        answers = generate(
+            *(model, batch, media, self.tokenizer, g.max_new_tokens, g.group_size, g.temperature, g.top_p),
+            everyone=distributed.all_true if self.config.engine.zero_stage == 3 else None,
+        )
+        rewards = score(judge(model, batch, media, answers, g.group_size), self.rewards, g.reward_weights)
+        packed = pack_group(
+            model, batch, answers.token_ids, g.group_size, partial(token_log_probs, temperature=g.temperature)
+        )
+        frames = draw_frames(batch, self.config.model.decode_frames_per_step, model.device)
+        device = model.device
+        return Rollouts(
+            batch=batch,
+            media=media,
+            packed=packed,
+            answers=answers,
+            rewards=rewards,
+            advantages=group_advantages(rewards.total.to(device), g.group_size, g.advantage, g.advantage_eps),
+            trained=~(answers.truncated.to(device) & g.mask_truncated),
+            supervised=supervised_answers(g.mask_loss_on, batch, answers, rewards.total, g.group_size).to(device),
+            frame_index=None if frames is None else frames.repeat_interleave(g.group_size, 0),
+            reference=None if self.reference is None else self.reference.log_probs(batch, packed),
+        )
+
+    def loss(self, prepared: Rollouts) -> StepLoss:
+        """Clipped surrogate over the answers' tokens (eq. 5) and mask losses of the same answers (eq. 8)."""
+        g, weights, model = self.config.grpo, self.config.loss, self.model.eval()
+        media = model.encode(prepared.batch, masks=self.with_masks, reuse=prepared.media)
+        output = self.engine(prepared.packed, media, prepared.frame_index)
+        if prepared.old_log_probs is None:
+            prepared.old_log_probs = output.log_probs.detach()
+        mask = prepared.packed.mask & prepared.trained[:, None]
+        surrogate = clipped_surrogate(
+            output.log_probs, prepared.old_log_probs, prepared.advantages.values, g.clip_eps, g.clip_eps_high
+        )
+        policy = policy_mean(surrogate.loss, mask, g.normalisation)
+        total = policy
+        parts = {"policy_loss": policy, "clip_fraction": share(surrogate.clipped, mask)}
+        if prepared.reference is not None:
+            parts["kl"] = policy_mean(k3_divergence(output.log_probs, prepared.reference), mask, g.normalisation)
+            total = total + g.beta * parts["kl"]
+        if self.with_masks:
+            losses = answer_mask_losses(
+                *(model, output, prepared.batch, prepared.frame_index, g.group_size, prepared.supervised),
+                longest=weights.mask_side,
+            )
+            bce, dice = weights.bce * losses.bce, weights.dice * losses.dice
+            parts |= {"mask_bce_loss": bce, "mask_dice_loss": dice, "mask_loss": bce + dice}
+            # The zero keeps the decoder in the graph where no answer has a mask loss: processes must agree on which
+            # gradients there are, or their reduction waits for ever.
+            total = total + bce + dice + 0 * output.mask_logits.float().sum()
+        parts |= {"loss": total, **rollout_scalars(prepared, output)}
+        if g.top_p == 1:
+            answered = prepared.packed.mask
+            seen = torch.cat(prepared.answers.log_probs)
+            parts["sampling_gap"] = (prepared.old_log_probs[answered] - seen).abs().mean()
+        return StepLoss(total, {name: value.detach() for name, value in parts.items()})
+
+
+def judge(
+    model: AuroraModel, batch: Batch, media: MediaFeatures, answers: Generation, group: int
+) -> list[Judged]:
+    """What the rewards may read of R answers; each clip's G masks are decoded together, on all frames."""
+    features = model.project(answers.seg_hidden).masked_fill(~answers.has_seg[:, None], 0)
+    judged = []
+    for clip, sample in enumerate(batch.samples):
+        rows = range(clip * group, (clip + 1) * group)
+        images = media.image_embeddings[clip : clip + 1].expand(group, *media.image_embeddings.shape[1:])
+        # Decoded without [SEG] too: under ZeRO-3 every process must make the same calls.
+        low = model.decode_masks(features[rows.start : rows.stop], answers.has_seg[rows.start : rows.stop], images)
+        masks = batch.masks[clip].to(low.device)
+        for answer, logits in zip(rows, low, strict=True):
+            has_seg = bool(answers.has_seg[answer])
+            size = tuple(masks.shape[-2:])
+            iou = frame_iou(model.segmenter.upscale(logits, batch.sam_sizes[clip], size), masks) if has_seg else 0.0
+            truncated, length = bool(answers.truncated[answer]), len(answers.token_ids[answer])
+            judged.append(Judged(answers.texts[answer], sample, iou, has_seg, truncated, length))
+    return judged
+
+
+def supervised_answers(rule: str, batch: Batch, answers: Generation, rewards: Tensor, group: int) -> Tensor:
+    """bool [R], on the CPU: answers whose masks are trained (`grpo.mask_loss_on`); never one without [SEG].
+
+        all            as eq. 8 reads and as published
+        class_correct  those that name the right class: others would teach the decoder to contradict the words
+        best           of each group the one with the highest reward, the first of several
+        none           none
+    """
+    has_seg = answers.has_seg.cpu()
+    if rule == "class_correct":
+        names = [name for name in batch.class_names for _ in range(group)]
+        right = [names_class(text, name) for text, name in zip(answers.texts, names, strict=True)]
+        return has_seg & torch.tensor(right)
+    if rule == "best":
+        ranked = rewards.masked_fill(~has_seg, -torch.inf).view(-1, group)
+        first = torch.zeros_like(ranked, dtype=torch.bool).scatter(1, ranked.argmax(1, keepdim=True), True)
+        return has_seg & first.flatten()
+    return has_seg & (rule == "all")
+
+
+def rollout_scalars(prepared: Rollouts, output: GroupOutput) -> dict[str, Tensor]:
+    """Rewards and the state of the groups, under the names of the paper's Figures 8 and 9."""
+    answered, rewards, groups = prepared.packed.mask, prepared.rewards, prepared.advantages
+    return {
+        "reward_all": rewards.total.mean(),
+        **{f"reward_{name}": values.mean() for name, values in rewards.parts.items()},
+        "completion_length": answered.sum(1).float().mean(),
+        "truncated_share": prepared.answers.truncated.float().mean(),
+        "group_std": groups.std.mean(),
+        "zero_variance_share": groups.zero_variance.float().mean(),
+        "supervised_share": prepared.supervised.float().mean(),
+        "entropy": output.entropy.sum() / answered.sum(),
+    }
+
+
+def share(flags: Tensor, mask: Tensor) -> Tensor:
+    """Share of True among `flags` where `mask` holds, 0 if it holds nowhere."""
+    return (flags & mask).sum() / mask.sum().clamp(min=1)
+
+
+class Reference:
+    """The policy as it is now, kept as a frozen copy of the trained tensors alone.
+
+    Args:
+        model: at the stage's start.
+
+    Raises:
+        ConfigError: its parameters are partitioned (ZeRO-3), so that nothing can take their places.
+    """
+
+    def __init__(self, model: AuroraModel) -> None:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if any(hasattr(p, "ds_id") for p in trained.values()):
+            remedy = "set grpo.beta to 0 (as the paper), or zero_stage to 2"
+            raise ConfigError([Problem("engine.zero_stage", 3, "the reference policy needs whole parameters", remedy)])
+        self._tensors = {f"model.{name}": p.detach().clone() for name, p in trained.items()}
+        self._pass = _ScorePass(model)
+        # Features cached for the policy hold for the reference only while no tower is trained.
+        self._cache = FeatureCache("none") if any(name.startswith(TOWERS) for name in trained) else None
+
+    @torch.no_grad()
+    def log_probs(self, batch: Batch, packed: GroupInputs) -> Tensor:
+        """float32 [R,L] log-probabilities of the answers."""
+        return functional_call(self._pass, self._tensors, (batch, packed, self._cache))
+
+
+class _ScorePass(nn.Module):
+    """Clips and answers to log-probabilities, as one module call."""
+
+    def __init__(self, model: AuroraModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, packed: GroupInputs, cache: FeatureCache | None) -> Tensor:
+        return self.model(packed, self.model.encode(batch, masks=False, cache=cache)).log_probs
