@@ -1,0 +1,77 @@
+"""Mine the failures of a stage-1 checkpoint on the training split (paper section 3.2).
+
+    deepspeed --num_gpus=2 scripts/mine_failures.py --checkpoint runs/sft/final --out runs/sft/failures.jsonl
+    python scripts/mine_failures.py --config configs/mini/eval.yaml --checkpoint runs/mini/sft/final --out ...
+
+Every training row is answered greedily, as in evaluation: by all processes, and an interrupted run continues when the
+same command is given again. A row is kept if its mean IoU is below --iou and its answer names another class than the
+true one, or none. Beside --out: <out>.report.json, and <out>.eval/ with all predictions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import train_ds_test  # noqa: E402 - the project's root must be on the path first
+from dataset.annotate.failures import IOU, failure_lines, mine, mining_report  # noqa: E402
+from utils.config import check_paths, load_config  # noqa: E402
+from utils.errors import AuroraError  # noqa: E402
+from utils.results import write_json, write_jsonl  # noqa: E402
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/eval.yaml", help="evaluation YAML (default: %(default)s)")
+    parser.add_argument("--checkpoint", required=True, help="run or checkpoint folder of stage 1")
+    parser.add_argument("--out", type=Path, required=True, help="JSONL to write")
+    parser.add_argument("--iou", type=float, default=IOU, help="rows below this mean IoU (default: %(default)s)")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="e.g. eval.limit=500")
+    options = parser.parse_intermixed_args(arguments)
+    if not 0 < options.iou <= 1:
+        parser.error(f"--iou {options.iou}: must be in (0, 1]")
+    folder = options.out.with_name(f"{options.out.name}.eval")
+    settings = [
+        *options.overrides,
+        f"eval.checkpoint={options.checkpoint}",
+        "eval.splits=[train]",
+        "eval.protocol=[per_expression]",
+        "eval.probe=none",
+        "eval.pictures=0",
+        f"eval.output_dir={folder}",
+    ]
+    try:
+        config, stage = train_ds_test.evaluated_config(load_config(options.config, settings), settings)
+        if stage == "teacher":
+            raise AuroraError(f"{options.checkpoint}: a teacher writes no reasoning. Remedy: name stage 1.")
+        check_paths(config)
+        train_ds_test.run(config, stage)
+        if os.environ.get("RANK", "0") == "0":
+            write_failures(folder / "train" / "predictions.jsonl", options.out, options.iou)
+    except AuroraError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def write_failures(predictions: Path, out: Path, below: float) -> None:
+    """Filter a finished evaluation into `out` and its report."""
+    with open(predictions, encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    failures = mine(lines, below)
+    report = mining_report(len(lines), failures, [line["kind"] for line in lines], below)
+    write_jsonl(out, failure_lines(failures))
+    write_json(out.with_name(f"{out.name}.report.json"), report)
+    print(f"{report['mined']} of {report['rows']} rows mined ({report['mined_percent']} %): {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
