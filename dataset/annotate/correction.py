@@ -1,0 +1,172 @@
+"""The corrector's two-part answer: verdict, marks, minimal modification (paper sections 3.2 and 6.2)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from dataset.annotate.backend import Reply, Request
+from dataset.annotate.engine import Judge, Verdict
+from dataset.annotate.gates import tidy
+from dataset.cot import MAX_CHARACTERS
+from dataset.reflective import without_seg
+from utils.answers import parse_answer
+
+_FIRST = re.compile(r"\(\s*1\s*\)\s*(?:the original\b[^:\n]{0,40}:)?", re.IGNORECASE)
+_SECOND = re.compile(r"\(\s*2\s*\)\s*your corrected answer\s*:?", re.IGNORECASE)
+_SECOND_BARE = re.compile(r"\(\s*2\s*\)\s*(?:(?:the )?corrected(?: answer)?\s*:)?", re.IGNORECASE)
+_RIGHT = re.compile(r"^[\s\"'“”‘’*]*right[\s\"'“”‘’*.!]*$", re.IGNORECASE)
+_MARKED = re.compile(r"“([^“”\"]*)”|\"([^\"]*)\"")
+_QUOTES = re.compile("[“”\"]")
+
+
+@dataclass(frozen=True)
+class Correction:
+    """A corrected path."""
+
+    wrong: str
+    corrected: str
+    wrong_spans: tuple[tuple[int, int], ...]
+    """Marked characters [start, end) of `wrong`, where the marked text was found in it."""
+    corrected_spans: tuple[tuple[int, int], ...]
+    """Likewise of `corrected`."""
+    edit_ratio: float
+    """Words changed, added or deleted over the longer path's words, in [0, 1]."""
+
+
+def is_right(text: str) -> bool:
+    """Whether the verdict is "right": the path needs no correction."""
+    return _RIGHT.match(text) is not None
+
+
+def split_parts(text: str) -> tuple[str, str] | None:
+    """(marked original, marked correction), or None if the answer does not have the two parts."""
+    text = text.replace("**", "")
+    first = _FIRST.search(text)
+    if first is None:
+        return None
+    seconds = list(_SECOND.finditer(text, first.end())) or list(_SECOND_BARE.finditer(text, first.end()))
+    if not seconds:
+        return None
+    second = seconds[-1]
+    original, corrected = text[first.end() : second.start()].strip(), text[second.end() :].strip()
+    return (original, corrected) if original and corrected else None
+
+
+def unmark(text: str, own: tuple[str, ...] = ()) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """Text without its marks, and the marked characters [start, end) of the result.
+
+    Args:
+        text: with marks in straight or curly double quotes.
+        own: quoted passages of the original path, which are quotations and stay.
+
+    Raises:
+        ValueError: a mark is not closed.
+    """
+    pieces, spans, end, length = [], [], 0, 0
+    for match in _MARKED.finditer(text):
+        inner = match[1] if match[1] is not None else match[2]
+        if _QUOTES.search(text[end : match.start()]):
+            break
+        before = text[end : match.start()]
+        pieces.append(before)
+        length += len(before)
+        if inner in own:
+            inner = match[0]
+        elif inner:
+            spans.append((length, length + len(inner)))
+        pieces.append(inner)
+        length += len(inner)
+        end = match.end()
+    if _QUOTES.search(text[end:]):
+        raise ValueError("a mark is not closed")
+    pieces.append(text[end:])
+    return "".join(pieces), tuple(spans)
+
+
+def quotations(text: str) -> tuple[str, ...]:
+    """Quoted passages of a text."""
+    return tuple(m[1] if m[1] is not None else m[2] for m in _MARKED.finditer(text))
+
+
+def edit_ratio(a: str, b: str) -> float:
+    """Word-level Levenshtein distance over the number of words of the longer text; 0 = equal, 1 = nothing kept."""
+    left, right = a.split(), b.split()
+    if not left or not right:
+        return float(left != right)
+    row = list(range(len(right) + 1))
+    for i, word in enumerate(left, 1):
+        diagonal, row[0] = row[0], i
+        for j, other in enumerate(right, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (word != other))
+    return row[-1] / max(len(left), len(right))
+
+
+def parse_correction(text: str, wrong: str) -> Correction | None:
+    """The correction that a two-part answer holds; None without the two parts.
+
+    Raises:
+        ValueError: a mark is not closed.
+    """
+    parts = split_parts(text)
+    if parts is None:
+        return None
+    wrong = without_seg(wrong)
+    own = quotations(wrong)
+    corrected, _ = unmark(parts[1], own)
+    corrected = without_seg(tidy(corrected, "fixed"))
+    spans = _locate(corrected, [m for m in quotations(parts[1]) if m not in own])
+    marked = _locate(wrong, [m for m in quotations(parts[0]) if m not in own])
+    return Correction(wrong, corrected, marked, spans, edit_ratio(wrong, corrected))
+
+
+def _locate(text: str, passages: list[str]) -> tuple[tuple[int, int], ...]:
+    """Places of the passages, in order; those that are not there word for word are left out."""
+    found, start = [], 0
+    for passage in (" ".join(p.split()) for p in passages):
+        at = text.find(passage, start) if passage else -1
+        if at >= 0:
+            start = at + len(passage)
+            found.append((at, start))
+    return tuple(found)
+
+
+def corrector_judge(max_ratio: float) -> Judge:
+    """Judge of `scripts/correct_paths.py`.
+
+    Args:
+        max_ratio: largest edit ratio that still counts as minimal modification (Yu et al. 2024, paper section 3.2).
+    """
+
+    def judge(request: Request, reply: Reply) -> Verdict:
+        target = request.row.class_name
+        if not reply.text.strip():
+            return Verdict("refused", problems=("empty",))
+        if is_right(reply.text):
+            # A mined path names another class than the true one, so "right" contradicts the data: kept apart.
+            return Verdict("right", {"wrong": without_seg(request.wrong), "target": target})
+        try:
+            found = parse_correction(reply.text, request.wrong)
+        except ValueError:
+            return Verdict("refused", problems=("marks_not_closed",))
+        if found is None:
+            return Verdict("refused", problems=("no_two_parts",))
+        problems = []
+        if parse_answer(found.corrected) != target:
+            problems.append("wrong_target")
+        if found.corrected == found.wrong:
+            problems.append("unchanged")
+        if found.edit_ratio > max_ratio:
+            problems.append("not_minimal")
+        if len(found.corrected) >= MAX_CHARACTERS:
+            problems.append("too_long")
+        if problems:
+            return Verdict("refused", problems=tuple(problems))
+        record = {
+            "target": target, "wrong": found.wrong, "corrected": found.corrected,
+            "wrong_spans": [list(s) for s in found.wrong_spans],
+            "corrected_spans": [list(s) for s in found.corrected_spans], "edit_ratio": round(found.edit_ratio, 4),
+        }  # fmt: skip
+        return Verdict("accepted", record)
+
+    return judge

@@ -1,0 +1,327 @@
+"""The data engine without a network: gates, corrections, failures, types, rate, the mini world's own annotator."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dataset.annotate.backend import Reply, Request, Transient, redacted
+from dataset.annotate.correction import corrector_judge, edit_ratio, is_right, parse_correction, split_parts, unmark
+from dataset.annotate.engine import Engine, Limits
+from dataset.annotate.failures import mine, mining_report
+from dataset.annotate.gates import problems, tidy
+from dataset.annotate.mini_backend import MiniBackend, mark_changes
+from dataset.annotate.money import Budget, Prices
+from dataset.annotate.prompts import fill, read_template
+from dataset.annotate.taxonomy import TYPES, count_table, rule_label
+from dataset.cot import read_cot
+from dataset.mini_language import chain_is_faithful
+from dataset.mini_world import WorldSettings, make_mini_world
+from dataset.refavs import RefAvsIndex, Row, Split
+from dataset.reflective import read_reflective
+from scripts import analyze_failures, build_reflective, correct_paths, generate_cot
+from tests.data_builders import write_lines
+from utils.errors import DataError
+from utils.results import PartWriter, encode_masks
+
+GOOD = "The images show a man. The audio contains his voice. The reference asks for the speaker. So the target is man."
+
+
+def row(number: int = 0, **fields: object) -> Row:
+    values = {"vid": "v", "uid": f"c_man_{number}", "clip": "c", "split": Split.TRAIN, "fid": 0, "reference": "It.",
+              "class_name": "man", "number": 1, **fields}  # fmt: skip
+    return Row(row=number, **values)
+
+
+def request(number: int = 0, wrong: str = "", attempt: int = 0, **fields: object) -> Request:
+    return Request(row(number, **fields), "prompt", (), Path("a.wav"), wrong, attempt)
+
+
+# ---- gates
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (GOOD, ()),
+        (GOOD.replace("man.", "cat."), ("wrong_target",)),
+        (GOOD.replace("The audio contains his voice. ", ""), ("no_audio_step",)),
+        (GOOD.replace("The images show", "I like"), ("no_video_step",)),
+        (GOOD.replace("reference asks for", "matter is"), ("no_reference_step",)),
+        (GOOD + " And more.", ("no_ending",)),
+        (GOOD.replace("So", "As the given target says, so"), ("leaks_the_answer",)),
+        (GOOD.replace("So", "So " * 900), ("too_long",)),
+        ("", ("empty", "no_video_step", "no_audio_step", "no_reference_step", "no_ending", "wrong_target")),
+    ],
+)
+def test_gates_of_written_reasoning(text: str, expected: tuple[str, ...]) -> None:
+    assert problems(text, "man", "flexible") == expected
+
+
+def test_fixed_format_needs_its_five_points() -> None:
+    fixed = f"Reasoning: 1) a 2) b 3) c 4) d 5) {GOOD}"
+    assert problems(fixed, "man", "fixed") == () and problems(GOOD, "man", "fixed") == ("not_fixed_format",)
+
+
+@pytest.mark.parametrize(
+    "ending",
+    ["the correct target is ”man”.", 'the target is "man"', "the target is **man**.", "the target is man. It is [SEG]"],
+)
+def test_replies_are_tidied(ending: str) -> None:
+    assert tidy(f"Reasoning:\nThe images show a man,  so {ending}", "flexible").endswith("a man, so the target is man.")
+
+
+# ---- corrections
+
+
+WRONG = 'The sign says "stop". The audio holds a drum. So the target is drum. It is [SEG].'
+REPLY = (
+    '**(1) The original LVLM\'s answer:** The sign says "stop". The audio holds a "drum". So the target is "drum".\n'
+    '**(2) Your corrected answer:** The sign says "stop". The audio holds a “man speaking”. So the target is "man".'
+)
+
+
+def test_two_part_answers_are_parsed() -> None:
+    found = parse_correction(REPLY, WRONG)
+    assert found.corrected == 'The sign says "stop". The audio holds a man speaking. So the target is man.'
+    assert [found.corrected[a:b] for a, b in found.corrected_spans] == ["man speaking", "man"]
+    assert [found.wrong[a:b] for a, b in found.wrong_spans] == ["drum", "drum"]
+    assert found.edit_ratio == pytest.approx(3 / 15)
+
+
+@pytest.mark.parametrize("text", ["right", '"Right."', " **right** \n"])
+def test_right_is_a_verdict(text: str) -> None:
+    assert is_right(text) and not is_right("the right one")
+    verdict = corrector_judge(0.6)(request(wrong=WRONG), Reply(text))
+    assert verdict.status == "right" and verdict.record["target"] == "man"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "empty"),
+        ("The target is man.", "no_two_parts"),
+        ("(1) a", "no_two_parts"),
+        ("(2) b (1) a", "no_two_parts"),
+        (REPLY + ' "', "marks_not_closed"),
+        (REPLY.replace('"man"', '"cat"'), "wrong_target"),
+        (f"(1) x (2) {GOOD}", "not_minimal"),
+    ],
+)
+def test_faulty_corrections_are_refused(text: str, problem: str) -> None:
+    verdict = corrector_judge(0.6)(request(wrong=WRONG), Reply(text))
+    assert verdict.status == "refused" and verdict.problems == (problem,)
+
+
+def test_marks_and_ratios() -> None:
+    assert unmark('a "b c" d “e”.') == ("a b c d e.", ((2, 5), (8, 9)))
+    assert split_parts("(1) one (2) two") == ("one", "two")
+    assert (edit_ratio("a b c", "a b c"), edit_ratio("a b", "c d"), edit_ratio("", "a")) == (0, 1, 1)
+    assert mark_changes("a b c", "a x c d") == ('a "b" c', 'a "x" c "d"')
+
+
+# ---- prompts, secrets
+
+
+def test_templates_are_filled_in_one_pass(tmp_path: Path) -> None:
+    text = fill(read_template("correct"), reference="{target}", target="cat", wrong="w {reference}")
+    assert "Reference: {target}\n" in text and "answer: w {reference}\n" in text and "result: cat" in text
+    for name in ("cot_flexible", "cot_fixed"):
+        assert "the target is cat." in fill(read_template(name), reference="r", target="cat")
+    own = tmp_path / "own.txt"
+    own.write_text("{reference} {wrong}")
+    with pytest.raises(DataError, match="asks for wrong"):
+        fill(read_template("cot_flexible", own), reference="r", target="t")
+    own.write_text("no slot")
+    with pytest.raises(DataError, match="has no {reference}"):
+        read_template("correct", own)
+
+
+def test_secrets_are_cut_out() -> None:
+    assert redacted("Bearer abc\nfailed abc", "abc", None) == "Bearer <key> failed <key>"
+
+
+# ---- engine
+
+
+class Flaky:
+    """Fails a row twice, then answers its number."""
+
+    name, remote, batch_size = "flaky", True, 1
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def answer(self, requests: list[Request]) -> list[Reply]:
+        self.asked.append(requests[0].row.row)
+        if self.asked.count(requests[0].row.row) < 3:
+            raise Transient("busy", wait=7.0 if requests[0].row.row else None)
+        return [Reply(GOOD)]
+
+
+def test_waits_double_unless_the_service_names_a_time(tmp_path: Path) -> None:
+    from dataset.annotate.gates import writer_judge
+
+    waits: list[float] = []
+    budget = Budget(tmp_path / "ledger", 0, Prices(), None, 1)
+    limits = Limits(concurrency=1, first_wait=1.0, per_minute=1e9)
+    engine = Engine(Flaky(), writer_judge("flexible"), limits, budget, waits.append)
+    with PartWriter(tmp_path, 0) as writer:
+        progress = engine.run([request(0), request(1)], writer)
+    waits = [w for w in waits if w > 0.1]
+    assert 0.5 <= waits[0] <= 1.5 and 1 <= waits[1] <= 3 and waits[2:] == [7.0, 7.0]
+    assert progress.outcomes == {"accepted": 2} and not progress.open
+
+
+def test_starts_keep_their_distance(tmp_path: Path) -> None:
+    waits: list[float] = []
+    budget = Budget(tmp_path / "ledger", 0, Prices(), None, 1)
+    backend = MiniBackend("classify", mistakes=1.0)
+    limits = Limits(concurrency=1, per_minute=60, tries=4)
+    from dataset.annotate.taxonomy import classifier_judge
+
+    with PartWriter(tmp_path, 0) as writer:
+        Engine(backend, classifier_judge(), limits, budget, waits.append).run([request(0)], writer)
+    assert len(waits) == 3 and all(abs(w - n) < 0.5 for n, w in enumerate(waits, 1))
+
+
+# ---- mining
+
+
+def line(number: int, j: float, answer: str | None, **fields: object) -> dict:
+    return {"row": number, "uid": f"u{number}", "reference": "r", "kind": "audio", "class_name": "man", "J": j,
+            "answer_class": answer, "reasoning": "text", **fields}  # fmt: skip
+
+
+def test_only_clear_failures_are_mined() -> None:
+    masks = np.zeros((4, 6, 8), bool)
+    masks[0] = True
+    null = {"class_name": "null", "J": None, "masks": encode_masks(masks)}
+    lines = [
+        line(0, 59.9, "cat"), line(1, 60.0, "cat"), line(2, 10.0, "man"), line(3, 10.0, None),
+        line(4, 0, "cat", **null), line(5, 0, "cat", **{**null, "masks": encode_masks(masks & False)}),
+    ]  # fmt: skip
+    found = mine(lines)
+    assert [(f.row, f.iou) for f in found] == [(0, 0.599), (3, 0.1)]
+    assert [f.iou for f in mine(lines, 0.8)][-1] == 0.75
+    report = mining_report(6, found, ["audio"] * 6, 0.6)
+    assert report["mined_percent"] == 33.333 and report["unreadable"] == 1
+    assert report["by_kind"] == {"audio": {"rows": 6, "mined": 2}}
+
+
+# ---- the mini world annotates itself
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("mini") / "world"
+    settings = WorldSettings(train=6, val=1, test_s=1, test_u=1, test_n=0, train_null=2)
+    make_mini_world(root, settings, progress=False)
+    return root
+
+
+@pytest.mark.parametrize("style", ["flexible", "fixed"])
+def test_written_chains_are_true_and_come_once(world: Path, tmp_path: Path, style: str) -> None:
+    out = tmp_path / "cot.jsonl"
+    given = ["--data", str(world), "--out", str(out), "--style", style, "--mistakes", "0.4"]
+    assert generate_cot.main([*given, "--limit", "20"]) == 0
+    Path(f"{out}.parts/rank0.jsonl").write_bytes(Path(f"{out}.parts/rank0.jsonl").read_bytes()[:-30])
+    assert generate_cot.main(given) == 0
+    index = RefAvsIndex(world)
+    rows = index.rows("train")
+    records = read_cot([out], index)
+    refused = [json.loads(text) for text in Path(f"{out}.refused.jsonl").read_text().splitlines()]
+    assert sorted([*records, *(r["row"] for r in refused)]) == [r.row for r in rows]
+    assert len(refused) < len(rows) / 4 and all(r["problems"] for r in refused)
+    if style == "flexible":
+        assert all(
+            chain_is_faithful(r.reasoning + " It is [SEG].", index.row(n).truth, index.row(n).reference)
+            for n, r in records.items()
+        )
+
+
+def spoil(text: str, target: str) -> str:
+    """A chain that names another class at its end."""
+    head = text.rsplit("the target is", 1)[0]
+    return f"{head}the target is {'cat' if target != 'cat' else 'dog'}. It is [SEG]."
+
+
+def test_from_failures_to_reflective_paths(world: Path, tmp_path: Path) -> None:
+    index = RefAvsIndex(world)
+    truths = read_cot([world / "cot" / "train.jsonl"], index)
+    failures = write_lines(tmp_path / "failures.jsonl", [
+        {"row": n, "uid": r.uid, "reference": index.row(n).reference, "kind": index.row(n).kind, "target": r.target,
+         "answer_class": "x", "iou": 0.0, "path": spoil(r.reasoning, r.target)} for n, r in truths.items()
+    ])  # fmt: skip
+    common = ["--data", str(world), "--failures", str(failures), "--backend", "mini"]
+    out, paths, types = (tmp_path / name for name in ("corrections.jsonl", "reflective.jsonl", "types.jsonl"))
+    assert correct_paths.main([*common, "--out", str(out), "--mistakes", "0.3"]) == 0
+    report = json.loads(Path(f"{out}.report.json").read_text())
+    assert report["accepted"] + report["right"] + report["refused"] == len(truths) == report["rows"]
+    assert report["accepted"] > 0.6 * len(truths) and report["refusals_by_gate"]
+    assert build_reflective.main(["--corrections", str(out), "--out", str(paths)]) == 0
+    built = read_reflective([paths], index, "corrected_only")
+    assert len(built) == report["accepted"]
+    assert all(
+        chain_is_faithful(r.reasoning + " It is [SEG].", index.row(n).truth, index.row(n).reference)
+        for n, r in built.items()
+    )
+    assert analyze_failures.main([*common, "--out", str(types)]) == 0
+    assert {json.loads(text)["type"] for text in types.read_text().splitlines()} == {"logical_contradiction"}
+
+
+def test_published_lists_are_imported(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rows = RefAvsIndex(world).rows("train")
+    published = tmp_path / "train.json"
+    published.write_text(json.dumps([{"reasoning": f"So the target is {r.class_name}. It is [SEG]."} for r in rows]))
+    given = ["--data", str(world), "--out", str(tmp_path / "o.jsonl"), "--import-published", str(published)]
+    assert generate_cot.main(given) == 0 and len(read_cot([tmp_path / "o.jsonl"], RefAvsIndex(world))) == len(rows)
+    published.write_text("[]")
+    given[3] = str(tmp_path / "p.jsonl")
+    assert generate_cot.main(given) == 1
+    assert f"0 elements, but split train has {len(rows)} rows" in capsys.readouterr().err
+
+
+# ---- failure types
+
+
+TRUTH = {"things": [["red", "dog"], ["blue", "cat"], ["green", "car"]],
+         "sounds": [["dog", "loud"], ["cat", "quiet"]], "target": 1}  # fmt: skip
+SEEN = "From left to right I see a red dog, a blue cat and a green car."
+HEARD = "In the audio I hear the dog first, loud, and then the cat, quiet."
+PICKED = "We look for the quieter object: the cat is quieter, so it is in the middle: the blue cat."
+ENDING = f"{PICKED} So the target is cat."
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "kind", "label"),
+    [
+        ("a red dog", "a red drum", "audio", "visual_misidentification"),
+        ("a red dog", "a white dog", "audio", "entity_attribute"),
+        ("a red dog, a blue cat", "a blue cat, a red dog", "audio", "spatial_referential"),
+        ("hear the dog", "hear the car", "audio", "audio_perception"),
+        ("the dog first, loud, and then the cat, quiet", "the cat first, quiet, and then the dog, loud", "audio",
+         "temporal_reasoning"),
+        ("the middle: the blue cat. So the target is cat", "the left: the red dog. So the target is dog", "temporal",
+         "temporal_reasoning"),
+        ("the middle: the blue cat. So the target is cat", "the left: the red dog. So the target is dog", "spatial",
+         "spatial_referential"),
+        ("target is cat", "target is dog", "spatial", "logical_contradiction"),
+        (HEARD, "", "audio", "logical_contradiction"),
+    ],
+)  # fmt: skip
+def test_rules_name_the_first_wrong_step(old: str, new: str, kind: str, label: str) -> None:
+    text = f"{SEEN} {HEARD} {ENDING} It is [SEG]."
+    assert old in text
+    found = rule_label(row(truth=TRUTH, kind=kind, reference="The quieter object."), text.replace(old, new))
+    assert found == label
+
+
+def test_the_papers_counts_stand_beside_ours() -> None:
+    assert [t.paper for t in TYPES] == [428, 285, 251, 103, 166, 148, 124] and sum(t.paper for t in TYPES) == 1505
+    assert len({t.family for t in TYPES}) == 3
+    table = count_table([("audio_perception", "audio", "dog"), ("audio_perception", "temporal", "cat")])
+    assert (table[2]["count"], table[2]["percent"], table[2]["kind:audio"], table[2]["class:cat"]) == (2, 100.0, 1, 1)
