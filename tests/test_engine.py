@@ -30,7 +30,7 @@ def run_case(case: str, *arguments: str, processes: int = 1) -> Any:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

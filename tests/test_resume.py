@@ -47,7 +47,7 @@ def kill_at(config: Path, folder: Path, rows: int, *overrides: str, processes: i
             stdout=output,
             stderr=output,
         )
-        path, end = folder / "metrics.jsonl", time.monotonic() + 240
+        path, end = folder / "metrics.jsonl", time.monotonic() + 600
         while not path.exists() or path.read_text().count("\n") < rows:
             assert process.poll() is None and time.monotonic() < end, (folder.parent / "killed.log").read_text()
             time.sleep(0.005)

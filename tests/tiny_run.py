@@ -67,7 +67,7 @@ def train(config: Path, *overrides: str, processes: int = 1, **options: Any) -> 
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
         **options,
     )
