@@ -1,7 +1,7 @@
 """The sections that every stage reads. Each field carries description, unit, default and source.
 
 A source is a paper section ("paper 4.1"), a line of the published code at commit d601816 ("published code
-train_ds.py:87") or "ours" where both are silent or we depart from them (the reason stands in the description).
+train_ds.py:92") or "ours" where both are silent or we depart from them (the reason stands in the description).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class ModelConfig(Section):
         "weights/VideoLLaMA2.1-7B-AV",
         "folder of the multimodal language model: config.json, safetensors, tokenizer",
         "path",
-        "published code train_ds.py:39",
+        "published code train_ds.py:40",
         min_length=1,
     )
     sam_checkpoint: str = knob(
@@ -37,7 +37,7 @@ class ModelConfig(Section):
         224,
         "side of SAM's square input (1024 is the size SAM was trained at, 21 times the pixels)",
         "pixels",
-        "published code train_ds.py:53",
+        "published code train_ds.py:54",
         ge=16,
     )
     attention: Literal["eager", "sdpa", "flash_attention_2"] = knob(
@@ -55,17 +55,17 @@ class ModelConfig(Section):
 class TrainableConfig(Section):
     """Which weights are trained. Patterns are searched (`re.search`) in the joint model's module or parameter names."""
 
-    lora_rank: int = knob(8, "rank of the LoRA adapters; 0 = no LoRA", "1", "published code train_ds.py:55", ge=0)
+    lora_rank: int = knob(8, "rank of the LoRA adapters; 0 = no LoRA", "1", "published code train_ds.py:56", ge=0)
     lora_alpha: float = knob(
-        16.0, "scale of the LoRA update, divided by the rank", "1", "published code train_ds.py:87", gt=0
+        16.0, "scale of the LoRA update, divided by the rank", "1", "published code train_ds.py:92", gt=0
     )
-    lora_dropout: float = knob(0.05, "dropout before the adapters", "1", "published code train_ds.py:88", ge=0, lt=1)
+    lora_dropout: float = knob(0.05, "dropout before the adapters", "1", "published code train_ds.py:93", ge=0, lt=1)
     lora_targets: tuple[Regex, ...] = knob(
         (r"language_model\..*\.(q_proj|v_proj)$",),
         "regexes of the linear modules that get an adapter; a regex without a match is an error. The published filter "
         "also reaches the audio tower and SAM's decoder (train_ds.py:215,217), against its own freezing at :192",
         "regex",
-        "published code train_ds.py:89",
+        "published code train_ds.py:94",
     )
     full: tuple[Regex, ...] = knob(
         (r"language_model\.model\.embed_tokens\.", r"language_model\.lm_head\."),
@@ -147,9 +147,9 @@ class DataConfig(Section):
 class OptimConfig(Section):
     """AdamW and its schedule. All step counts are optimiser steps."""
 
-    lr: float = knob(1e-5, "peak learning rate", "1", "published code train_ds.py:83", gt=0)
+    lr: float = knob(1e-5, "peak learning rate", "1", "published code train_ds.py:88", gt=0)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = knob(
-        (0.9, 0.95), "AdamW's averaging factors", "1", "published code train_ds.py:90"
+        (0.9, 0.95), "AdamW's averaging factors", "1", "published code train_ds.py:96"
     )
     weight_decay: float = knob(0.0, "decoupled weight decay", "1", "published code train_ds.py:332", ge=0)
     warmup_steps: int = knob(30, "linear warm-up from 0", "steps", "published code train_ds.py:342", ge=0)
@@ -187,7 +187,7 @@ class EngineConfig(Section):
 
 
 class LossConfig(Section):
-    """Weights of the summed losses. The published code uses bce 2, dice 0.5 (train_ds.py:84-86); the paper 1 each."""
+    """Weights of the summed losses. The published code uses bce 2, dice 0.5 (train_ds.py:89-91); the paper 1 each."""
 
     ce: float = knob(1.0, "weight of the cross entropy of the answer", "1", "paper eq. 6", ge=0)
     bce: float = knob(1.0, "weight of the masks' binary cross entropy (published: 2)", "1", "paper eq. 6", ge=0)
