@@ -7,8 +7,9 @@ scoring   forward and backward of the answers' log-probabilities; plain: one bat
 sampling  C tokens for each of G answers; plain: transformers' generate(num_return_sequences=G) from the same embeddings
 memory    peak resident memory of scoring beyond that of the loaded model, each path in a process of its own
 
-Beside each scoring figure stands the limit set by token counts, G (P + C) / (P + G C). Both paths are warmed up and
-timed alternately; medians are printed. Loss and gradients of the two are compared, and the samples at an equal seed.
+Beside each scoring figure stands the limit set by token counts, G (P + C) / (P + G C). Loss and gradients
+of the two are compared, and the samples at an equal seed, which warms both up; then they are timed in turns and medians
+are printed.
 The towers are no part of this: both paths would run them, ours once per clip.
 """
 
@@ -130,16 +131,15 @@ class _WordsAlone(nn.Module):
         return SimpleNamespace(attention_mask=torch.ones(self.prompt.shape[:2], dtype=torch.bool))
 
 
-def timed(paths: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, float]:
-    """Median seconds of each path; one warm-up each, then in turns, so that a busy machine is fair to both."""
+def timed(paths: dict[str, Callable[[], Tensor]], repeats: int, clock: str) -> dict[str, float]:
+    """Median seconds of each path, both warm already; taken in turns, so that a busy machine is fair to both."""
+    now = time.perf_counter if clock == "wall" else time.process_time
     seconds: dict[str, list[float]] = {name: [] for name in paths}
-    for path in paths.values():
-        path()
     for _ in range(repeats):
         for name, path in paths.items():
-            start = time.perf_counter()
+            start = now()
             path()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(now() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -149,16 +149,18 @@ def measure(arguments: argparse.Namespace, prompt: int, group: int, threads: int
     case = Case(build(arguments), prompt, group, arguments.new_tokens)
     tokens = arguments.new_tokens
     row: dict[str, Any] = {"prompt": prompt, "group": group, "threads": threads, "new_tokens": tokens,
+                           "clock": arguments.clock, "repeats": arguments.repeats,
                            "limit": group * (prompt + tokens) / (prompt + group * tokens)}  # fmt: skip
     if "scoring" in arguments.parts:
         loss, ours = case.fast(), case.gradients()
         plain_loss, plain = case.plain(), case.gradients()
         row["loss_apart"] = float((loss - plain_loss).abs() / plain_loss.abs())
         row["gradients_apart"] = float((ours - plain).norm() / plain.norm())
-        row["scoring"] = timed({"fast": case.fast, "plain": case.plain}, arguments.repeats)
+        row["scoring"] = timed({"fast": case.fast, "plain": case.plain}, arguments.repeats, arguments.clock)
     if "sampling" in arguments.parts:
         row["same_samples"] = bool(torch.equal(case.sample(), case.sample_plain()))
-        row["sampling"] = timed({"fast": case.sample, "plain": case.sample_plain}, arguments.repeats)
+        paths = {"fast": case.sample, "plain": case.sample_plain}
+        row["sampling"] = timed(paths, arguments.repeats, arguments.clock)
     if "memory" in arguments.parts:
         row["memory"] = {path: peak(arguments, prompt, group, path) for path in ("fast", "plain")}
     return row
@@ -206,6 +208,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, for one thread on a busy machine"
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", choices=("fast", "plain"), help=argparse.SUPPRESS)

@@ -72,7 +72,7 @@ def draw_panel(title: str, lines: Sequence[Series], names: Sequence[str], window
         cv2.line(panel, ends[0, 0].tolist(), ends[1, 0].tolist(), GRID, 1, cv2.LINE_AA)
         cv2.putText(panel, f"{height:.3g}", (8, int(ends[0, 0, 1]) + 4), FONT, 0.42, INK, 1, cv2.LINE_AA)
         x = int(points([share * last], [low])[0, 0, 0])
-        cv2.putText(panel, f"{share * last:.0f}", (x - 8, HEIGHT - BOTTOM + 18), FONT, 0.42, INK, 1, cv2.LINE_AA)
+        cv2.putText(panel, f"{share * last:.4g}", (x - 8, HEIGHT - BOTTOM + 18), FONT, 0.42, INK, 1, cv2.LINE_AA)
     for line in lines:
         colour = bgr(COLOURS[names.index(line.name) % len(COLOURS)])
         faint = tuple(int(255 - (255 - c) * 0.3) for c in colour)

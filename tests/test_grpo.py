@@ -336,7 +336,7 @@ def test_degenerate_cases_in_two_processes(zero_stage: int) -> None:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
