@@ -27,7 +27,7 @@ class Correction:
     wrong: str
     corrected: str
     wrong_spans: tuple[tuple[int, int], ...]
-    """Marked characters [start, end) of `wrong`, where the marked text was found in it."""
+    """Marked characters [start, end) of `wrong`; those behind a place where the service misquoted it are left out."""
     corrected_spans: tuple[tuple[int, int], ...]
     """Likewise of `corrected`."""
     edit_ratio: float
@@ -113,22 +113,15 @@ def parse_correction(text: str, wrong: str) -> Correction | None:
         return None
     wrong = without_seg(wrong)
     own = quotations(wrong)
-    corrected, _ = unmark(parts[1], own)
-    corrected = without_seg(tidy(corrected, "fixed"))
-    spans = _locate(corrected, [m for m in quotations(parts[1]) if m not in own])
-    marked = _locate(wrong, [m for m in quotations(parts[0]) if m not in own])
-    return Correction(wrong, corrected, marked, spans, edit_ratio(wrong, corrected))
+    (original, left), (unmarked, right) = (unmark(" ".join(part.split()), own) for part in parts)
+    corrected = without_seg(tidy(unmarked, "fixed"))
+    kept = _still_there(original, left, wrong), _still_there(unmarked, right, corrected)
+    return Correction(wrong, corrected, *kept, edit_ratio(wrong, corrected))
 
 
-def _locate(text: str, passages: list[str]) -> tuple[tuple[int, int], ...]:
-    """Places of the passages, in order; those that are not there word for word are left out."""
-    found, start = [], 0
-    for passage in (" ".join(p.split()) for p in passages):
-        at = text.find(passage, start) if passage else -1
-        if at >= 0:
-            start = at + len(passage)
-            found.append((at, start))
-    return tuple(found)
+def _still_there(text: str, spans: tuple[tuple[int, int], ...], final: str) -> tuple[tuple[int, int], ...]:
+    """Spans of `text` that hold for `final` too, because both are equal up to their ends."""
+    return tuple((start, end) for start, end in spans if text[:end] == final[:end])
 
 
 def corrector_judge(max_ratio: float) -> Judge:
