@@ -1,0 +1,175 @@
+"""Where a model is good and where two models differ: groups of rows with intervals, and paired comparisons.
+
+Row scores are those of protocol per_expression (the official protocol pools four rows into one value, so a row has
+none); null rows have only S and stand apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from utils.bootstrap import Estimate, mean_intervals
+from utils.report_runs import Evaluation, PredictedRow, shared_rows
+
+SCORES = ("J", "F", "J&F")
+TIE = 1.0
+"""A change of J&F of at most this many points is neither a win nor a loss."""
+SHOWN = 12
+"""Rows listed at either end of a comparison."""
+SPLIT_TITLES = {"test_s": "seen (test_s)", "test_u": "unseen (test_u)"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """The scores of some rows, in percent."""
+
+    name: str
+    scores: Mapping[str, Estimate]
+    """J, F and J&F; or S alone."""
+    class_accuracy: float
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One way of grouping rows."""
+
+    title: str
+    groups: tuple[Group, ...]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One row that both evaluations predicted."""
+
+    before: PredictedRow
+    after: PredictedRow
+
+    @property
+    def points(self) -> float:
+        """J&F after minus before; only for rows with an object."""
+        return self.after.jf - self.before.jf
+
+
+@dataclass(frozen=True)
+class GroupChange:
+    """The rows of a group under two evaluations."""
+
+    name: str
+    before: float
+    after: float
+    change: Estimate
+    wins: int
+    losses: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`after` against `before` on the rows that both predicted and that have an object."""
+
+    before: str
+    after: str
+    groups: tuple[GroupChange, ...]
+    """All rows first, then by split and by question kind."""
+    class_won: int
+    """Rows whose class only `after` names rightly."""
+    class_lost: int
+    gains: tuple[Change, ...]
+    """Largest first."""
+    losses: tuple[Change, ...]
+    """Largest first."""
+
+
+def size_names(sizes: Mapping[int, float]) -> dict[int, str]:
+    """Row -> its third by mask size.
+
+    Args:
+        sizes: row -> mean share of the frame that the true object covers, in [0, 1]; rows without an object left out.
+    """
+    if len(set(sizes.values())) < 3:
+        return {}
+    low, high = (float(q) for q in np.quantile(list(sizes.values()), [1 / 3, 2 / 3]))
+    small, large = f"{100 * low:.1f} %", f"{100 * high:.1f} %"
+    names = (f"small (up to {small})", f"medium (up to {large})", f"large (over {large})")
+    return {row: names[(size > low) + (size > high)] for row, size in sizes.items()}
+
+
+def break_down(rows: Sequence[PredictedRow], sizes: Mapping[int, str]) -> list[Dimension]:
+    """Scores by split, question kind, mask size and class; dimensions that the data do not tell are left out.
+
+    Args:
+        rows: of one evaluation.
+        sizes: row -> name of its size (`size_names`); may lack rows.
+    """
+    found = [row for row in rows if not row.is_null]
+    null = [row for row in rows if row.is_null]
+    ways = {
+        "Split": [SPLIT_TITLES.get(row.split, row.split) for row in found],
+        "Question kind": [row.kind for row in found],
+        "Mask size": [sizes.get(row.row, "") for row in found],
+        "Class": [row.class_name for row in found],
+    }
+    dimensions = []
+    for title, names in ways.items():
+        order = dict.fromkeys(sorted(names, key=_size_rank)) if title == "Mask size" else dict.fromkeys(sorted(names))
+        groups = [_group(name, [r for r, n in zip(found, names, strict=True) if n == name]) for name in order if name]
+        if groups:
+            dimensions.append(Dimension(title, tuple(groups)))
+    if null:
+        dimensions.append(Dimension("Null references", (_group("test_n: S, lower is better", null),)))
+    return dimensions
+
+
+def compare(before: Evaluation, after: Evaluation) -> Comparison | None:
+    """Paired comparison; None where no row with an object is shared.
+
+    Raises:
+        DataError: the evaluations are of different data (see `shared_rows`).
+    """
+    both = [Change(before.rows[n], after.rows[n]) for n in shared_rows(before, after)]
+    both = [change for change in both if not change.before.is_null]
+    if not both:
+        return None
+    named = [("all rows", both)]
+    for field, titles in (("split", SPLIT_TITLES), ("kind", {})):
+        names = dict.fromkeys(sorted(getattr(c.before, field) for c in both))
+        if len(names) > 1:
+            named += [(titles.get(n, n), [c for c in both if getattr(c.before, field) == n]) for n in names if n]
+    ranked = sorted(both, key=lambda c: (-c.points, c.before.row))
+    return Comparison(
+        before.name,
+        after.name,
+        tuple(_group_change(name, changes) for name, changes in named),
+        sum(c.after.class_right and not c.before.class_right for c in both),
+        sum(c.before.class_right and not c.after.class_right for c in both),
+        tuple(c for c in ranked[:SHOWN] if c.points > TIE),
+        tuple(c for c in ranked[: -SHOWN - 1 : -1] if c.points < -TIE),
+    )
+
+
+def _group(name: str, rows: Sequence[PredictedRow]) -> Group:
+    if all(row.is_null for row in rows):
+        titles, values = ("S",), [[row.scores["S"]] for row in rows]
+    else:
+        titles, values = SCORES, [[row.scores["J"], row.scores["F"], row.jf] for row in rows]
+    estimates = mean_intervals(np.array(values), [row.clip for row in rows])
+    accuracy = 100 * float(np.mean([row.class_right for row in rows]))
+    return Group(name, dict(zip(titles, estimates, strict=True)), accuracy)
+
+
+def _group_change(name: str, changes: Sequence[Change]) -> GroupChange:
+    points = np.array([change.points for change in changes])
+    return GroupChange(
+        name,
+        float(np.mean([change.before.jf for change in changes])),
+        float(np.mean([change.after.jf for change in changes])),
+        mean_intervals(points[:, None], [change.before.clip for change in changes])[0],
+        int((points > TIE).sum()),
+        int((points < -TIE).sum()),
+    )
+
+
+def _size_rank(name: str) -> int:
+    return next((i for i, word in enumerate(("small", "medium", "large")) if name.startswith(word)), -1)
