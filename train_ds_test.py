@@ -3,17 +3,18 @@
 One process needs no launcher: `python train_ds_test.py --config configs/mini/eval.yaml`. Every row is answered greedily
 and segmented; J, F, J&F (S on null rows), class accuracy and, where the true chain is known, the share of faithful
 reasoning are printed per split and question kind. A checkpoint of stage teacher does not answer: it reads the true
-class, as it does when it teaches, so its J is what the mask decoder reaches when the words are right.
+answer, as it does when it teaches, so its J is what the mask decoder reaches when the words are right.
 
-Files, per split: <eval.output_dir>/<split>/{metrics.json, predictions.jsonl, pictures/, masks/}. An interrupted
-evaluation continues where it stopped when the same command is given again, at any number of processes.
+Files, per split: <eval.output_dir>/<split>/{metrics.json, predictions.jsonl, pictures/, masks/, probabilities/}. An
+interrupted evaluation continues where it stopped when the same command is given again, at any number of processes.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +25,11 @@ from utils.errors import AuroraError, ConfigError, Problem
 if TYPE_CHECKING:  # imported late: --help and every configuration error come before anything heavy
     from transformers import PreTrainedTokenizerBase
 
+    from dataset.cot import CotRecord
+    from dataset.prompt import AnswerKind, Prompts
     from dataset.refavs import Row
     from model.aurora.model import AuroraModel
-    from utils.types import Batch, Prediction
+    from utils.types import Batch, Prediction, Sample
 
 INPUT_FIELDS = ("num_frames", "frame_resize", "audio_padding_seconds", "answer")
 """Fields of `data` that, like the section `model`, are the checkpoint's own unless the command line names them."""
@@ -74,9 +77,10 @@ def run(config: RunConfig, stage: str) -> dict[str, Any]:
     from dataset.build import build_processor
     from dataset.clips import ClipDataset, ClipSettings
     from dataset.collate import build_loader
+    from dataset.cot import read_cot
     from dataset.media import read_frames
     from dataset.mini_language import chain_is_faithful
-    from dataset.prompt import Prompts, load_tokenizer
+    from dataset.prompt import NEED_REASONING, Prompts, load_tokenizer
     from dataset.refavs import RefAvsIndex
     from model.aurora.build import build_model
     from model.aurora.trained import find_trained
@@ -97,14 +101,17 @@ def run(config: RunConfig, stage: str) -> dict[str, Any]:
     settings = ClipSettings(given, None, config.data.num_frames, config.data.max_image_pixels,
                             config.data.max_audio_seconds, probe=config.eval.probe, seed=config.seed)
     facts = evaluation_facts(config, stage, find_trained(str(config.eval.checkpoint)))
-    predict = predictor(model, tokenizer, prompts, config.eval.max_new_tokens, given)
+    # The teacher reads true answers; some are made from reasoning records, which only the mini world has for tests.
+    known = read_cot(config.data.cot, index) if given in NEED_REASONING else {}
+    true_answer = partial(answer_of, prompts, known, given) if given else None
+    predict = predictor(model, tokenizer, config.eval.max_new_tokens, true_answer)
 
     scores = {}
     for split in config.eval.splits:
         rows = index.rows(split)
         if config.eval.limit is not None:
             rows = [rows[i] for i in evenly(len(rows), min(config.eval.limit, len(rows)))]
-        clips = ClipDataset(index, rows, processor, prompts, settings=settings)
+        clips = ClipDataset(index, rows, processor, prompts, known, settings)
         scores[split] = evaluate_split(
             split_task(config, split, rows, facts),
             lambda order, clips=clips: build_loader(
@@ -138,13 +145,23 @@ def split_task(config: RunConfig, split: str, rows: Sequence[Row], facts: dict[s
         facts=facts,
         pictures=spread(numbers, [row.kind for row in rows], config.eval.pictures),
         save_masks=config.eval.save_masks,
+        save_probabilities=config.eval.save_probabilities,
     )
 
 
+def answer_of(prompts: Prompts, known: Mapping[int, CotRecord], kind: AnswerKind, sample: Sample) -> str:
+    """The true answer of a sample, as text."""
+    record = known.get(sample.row)
+    return prompts.answer_text(kind, sample.class_name, None if record is None else record.reasoning)
+
+
 def predictor(
-    model: AuroraModel, tokenizer: PreTrainedTokenizerBase, prompts: Any, max_new_tokens: int, given: str | None
+    model: AuroraModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    true_answer: Callable[[Sample], str] | None = None,
 ) -> Callable[[Batch], list[Prediction]]:
-    """Batch -> predictions: generated answers, or the true answers of kind `given` read as they stand."""
+    """Batch -> predictions: generated answers, or true answers read as they stand."""
     from model.aurora.features import FeatureCache
     from model.aurora.given import predict_given
     from model.aurora.inference import predict
@@ -153,9 +170,9 @@ def predictor(
         # Clips repeat within a batch. Memory that outlived it would grow with the split; files may stay.
         if model.feature_cache.mode != "disk":
             model.feature_cache = FeatureCache("memory")
-        if given is None:
+        if true_answer is None:
             return predict(model, batch, tokenizer, max_new_tokens)
-        return predict_given(model, batch, [prompts.answer_text(given, name) for name in batch.class_names])
+        return predict_given(model, batch, [true_answer(sample) for sample in batch.samples])
 
     return predict_batch
 

@@ -26,6 +26,9 @@ class BrokenRule:
     """Of the fields, filled in by `broken_rules`."""
 
 
+_MADE_OF_REASONING = ("reasoning", "conclusion")
+
+
 def broken_rules(config: RunConfig) -> list[BrokenRule]:
     """Every rule that `config` breaks, in reading order of the fields."""
     checks = (_stage_rules, _teacher_rules, _trainable_rules, _loss_rules, _run_rules, _grpo_rules)
@@ -40,7 +43,7 @@ def _stage_rules(c: RunConfig) -> Iterator[BrokenRule]:
             f"stage {c.stage} starts from the weights of an earlier stage",
             "set init_from to that run",
         )
-    if c.stage in ("sft", "reflective") and c.data.answer == "reasoning" and not c.data.cot:
+    if c.stage in ("teacher", "sft", "reflective") and c.data.answer in _MADE_OF_REASONING and not c.data.cot:
         yield BrokenRule(
             ("data.cot", "data.answer"),
             "answers with reasoning need reasoning records",
@@ -50,7 +53,7 @@ def _stage_rules(c: RunConfig) -> Iterator[BrokenRule]:
         yield BrokenRule(
             ("data.answer", "stage"),
             "the teacher learns segmentation alone (paper 3.1)",
-            "set data.answer to class or plain",
+            "set data.answer to conclusion, class or plain",
         )
     if c.stage == "reflective" and not c.reflective.paths:
         yield BrokenRule(
@@ -68,6 +71,12 @@ def _teacher_rules(c: RunConfig) -> Iterator[BrokenRule]:
     if c.stage != "sft":
         return
     teacher = c.sft.teacher_checkpoint
+    if c.loss.distill > 0 and c.sft.teacher_answer in _MADE_OF_REASONING and not c.data.cot:
+        yield BrokenRule(
+            ("data.cot", "sft.teacher_answer"),
+            "the teacher's conclusions are read from reasoning records",
+            "list the JSONL files in data.cot, or set sft.teacher_answer to class or plain",
+        )
     if c.loss.distill > 0 and not teacher:
         yield BrokenRule(
             ("sft.teacher_checkpoint", "loss.distill"),

@@ -119,9 +119,10 @@ class DataConfig(Section):
         "published code train_ds.py:175",
         ge=1,
     )
-    answer: Literal["reasoning", "class", "plain"] = knob(
+    answer: Literal["reasoning", "conclusion", "class", "plain"] = knob(
         "reasoning",
-        'target text: "{reasoning} It is [SEG].", "It is {class} [SEG]." or "It is [SEG]."',
+        'target text: "{reasoning} It is [SEG].", its last two sentences alone, "It is {class} [SEG]." or '
+        '"It is [SEG]."',
         "name",
         "paper 3.1",
     )

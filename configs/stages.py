@@ -15,9 +15,10 @@ class SftConfig(Section):
     teacher_checkpoint: str | None = knob(
         None, "run or checkpoint folder of the teacher", "path", "paper 3.1", min_length=1
     )
-    teacher_answer: Literal["class", "plain"] = knob(
+    teacher_answer: Literal["conclusion", "class", "plain"] = knob(
         "class",
-        'answer the teacher reads: "It is {class} [SEG]." (published) or "It is [SEG]." (paper text)',
+        'answer the teacher reads: "It is {class} [SEG]." (published), "It is [SEG]." (paper text), or the last two '
+        "sentences of the reasoning",
         "name",
         "published code LISA_ref_distill.py",
     )
@@ -110,4 +111,7 @@ class EvalConfig(Section):
     limit: int | None = knob(None, "rows scored per split, evenly spread; null = all", "rows", "ours", ge=1)
     pictures: int = knob(12, "clips drawn into the report", "clips", "ours", ge=0)
     save_masks: bool = knob(False, "write every predicted mask as PNG", "flag", "ours")
+    save_probabilities: bool = knob(
+        False, "write every predicted mask's probabilities as 16-bit PNG (scripts/evaluate_masks.py)", "flag", "ours"
+    )
     output_dir: str = knob("runs/eval", "folder of tables, pictures and predictions", "path", "ours", min_length=1)

@@ -13,7 +13,7 @@ from dataset.collate import build_loader
 from dataset.cot import read_cot, rows_with_reasoning
 from dataset.mixture import MixtureSampler
 from dataset.processor import AuroraProcessor
-from dataset.prompt import Prompts
+from dataset.prompt import NEED_REASONING, Prompts
 from dataset.refavs import RefAvsIndex
 from dataset.reflective import read_reflective
 from utils.errors import DataError
@@ -61,7 +61,9 @@ def training_clips(
     index = RefAvsIndex(data.root)
     rows = [row for row in index.rows(data.train_split) if data.null_rows or not row.is_null]
     cot = {}
-    if data.answer == "reasoning":
+    distils = config.stage == "sft" and config.loss.distill > 0
+    teacher_answer = config.sft.teacher_answer if distils else None
+    if data.answer in NEED_REASONING or teacher_answer in NEED_REASONING:
         cot = read_cot(data.cot, index, too_long=data.incomplete_reasoning)
         if data.incomplete_reasoning == "drop":
             complete = rows_with_reasoning(rows, cot)
@@ -71,7 +73,7 @@ def training_clips(
         raise DataError(f"{data.root}: no row to train on. Remedy: see data.train_split, data.null_rows and data.cot.")
     settings = ClipSettings(
         answer=data.answer,
-        teacher_answer=config.sft.teacher_answer if config.stage == "sft" and config.loss.distill > 0 else None,
+        teacher_answer=teacher_answer,
         num_frames=data.num_frames,
         max_image_pixels=data.max_image_pixels,
         max_audio_seconds=data.max_audio_seconds,

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dataset.cot import CotRecord
-from dataset.media import frame_indexes, list_images, read_audio, read_frames, read_masks
+from dataset.media import ImageFolder, frame_indexes, list_images, read_audio, read_frames, read_masks
 from dataset.processor import AuroraProcessor
-from dataset.prompt import AnswerKind, Prompts
+from dataset.prompt import NEED_REASONING, AnswerKind, Prompts
 from dataset.refavs import Row
 from utils.errors import DataError
 from utils.types import Sample
@@ -29,15 +29,20 @@ PROBES: tuple[str, ...] = ("none", "shuffle_audio", "zero_audio", "shuffle_video
 
 
 class ClipIndex(Protocol):
-    """Where the media of a benchmark lie (`dataset.refavs.RefAvsIndex` is one)."""
+    """Where the media of a benchmark lie (`dataset.refavs.RefAvsIndex`, `dataset.avsbench.AvsBenchIndex`)."""
+
+    table: Path
+    """The file that lists the rows."""
+
+    def rows(self, split: str) -> list[Row]: ...
 
     def clips(self, split: str) -> list[str]: ...
 
-    def frames_folder(self, clip: str) -> Path: ...
+    def frames_folder(self, clip: str) -> Path | ImageFolder: ...
 
     def audio_path(self, clip: str) -> Path: ...
 
-    def mask_folder(self, row: Row) -> Path: ...
+    def mask_folder(self, row: Row) -> Path | ImageFolder: ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class ClipDataset(Dataset[Sample]):
         rows: the rows, in the order of `dataset[i]`.
         processor: preprocessing at the model's sizes.
         prompts: writes prompt and answer ids.
-        cot: reasoning records by row; needed for every row if an answer kind is "reasoning".
+        cot: reasoning records by row; needed for every row if an answer kind is one of NEED_REASONING.
         settings: see ClipSettings.
 
     Raises:
@@ -92,7 +97,7 @@ class ClipDataset(Dataset[Sample]):
         self.index, self.rows = index, list(rows)
         self.processor, self.prompts, self.settings = processor, prompts, settings
         self.cot = dict(cot or {})
-        if "reasoning" in (settings.answer, settings.teacher_answer):
+        if settings.answer in NEED_REASONING or settings.teacher_answer in NEED_REASONING:
             _check_reasoning(self.rows, self.cot)
         self._other: dict[tuple[str, str], str] = {}
         if settings.probe in ("shuffle_audio", "shuffle_video"):
@@ -127,7 +132,9 @@ class ClipDataset(Dataset[Sample]):
                 f"{len(frames)} frames, but those of clip {video_clip}, exchanged for them, are {len(seen)}. "
                 "Remedy: set data.num_frames, or choose another probe."
             )
-        masks = self._masks(row, tuple(frames.shape[1:3]))
+        masks, labelled = read_truth(
+            self.index, row, tuple(frames.shape[1:3]), settings.num_frames, settings.max_image_pixels
+        )
         sam_pixels, sam_size = processor.sam_pixels(frames)
         fbank, audio_key = self._sound(row)
         return Sample(
@@ -143,6 +150,7 @@ class ClipDataset(Dataset[Sample]):
             sam_size=sam_size,
             fbank=fbank,
             masks=torch.from_numpy(masks),
+            labelled=labelled,
             prompt_ids=self.prompts.prompt_ids(row.reference),
             answer_ids=self._answer(row, settings.answer),
             teacher_ids=self._answer(row, settings.teacher_answer),
@@ -156,24 +164,6 @@ class ClipDataset(Dataset[Sample]):
     def _frames(self, clip: str) -> np.ndarray:
         settings = self.settings
         return read_frames(self.index.frames_folder(clip), settings.num_frames, settings.max_image_pixels)
-
-    def _masks(self, row: Row, size: tuple[int, int]) -> np.ndarray:
-        """bool [T,H,W] of the row's clip, whose frames have `size` (height, width).
-
-        A null row's mask is empty by definition, so its folder may be absent; one that is there must agree.
-        """
-        paths = list_images(self.index.frames_folder(row.clip))
-        wanted = self.settings.num_frames
-        indexes = list(range(len(paths))) if wanted is None else frame_indexes(len(paths), wanted)
-        folder = self.index.mask_folder(row)
-        if row.is_null and not folder.is_dir():
-            return np.zeros((len(indexes), *size), dtype=bool)
-        masks = read_masks(folder, len(paths), size, indexes, self.settings.max_image_pixels)
-        if row.is_null and masks.any():
-            raise DataError(
-                f"{folder}: a null row's mask is empty, this one marks an object. Remedy: remove the folder."
-            )
-        return masks
 
     def _sound(self, row: Row) -> tuple[Tensor, str]:
         """float32 [F,K] and the name of what is heard."""
@@ -201,6 +191,46 @@ class ClipDataset(Dataset[Sample]):
         if self.settings.answer != "reasoning" or record is None:
             return 0
         return self.prompts.answer_start(record.reasoning, record.loss_from)
+
+
+def read_truth(
+    index: ClipIndex,
+    row: Row,
+    size: tuple[int, int],
+    num_frames: int | None = None,
+    max_pixels: int | None = None,
+) -> tuple[np.ndarray, tuple[int, ...] | None]:
+    """Ground truth of a row, bool [T,H,W], and which of the T frames have one (None = all; the others are False).
+
+    A null row's mask is empty by definition, so its folder may be absent; one that is there must agree.
+
+    Args:
+        index: says where media lie.
+        row: the row.
+        size: (height, width) of the clip's frames.
+        num_frames: frames read of the clip, evenly spaced; None = all.
+        max_pixels: larger images are refused before they are decoded.
+
+    Raises:
+        DataError: see `media.read_masks`; or a null row with an object.
+    """
+    total = len(list_images(index.frames_folder(row.clip)))
+    indexes = list(range(total)) if num_frames is None else frame_indexes(total, num_frames)
+    masks = np.zeros((len(indexes), *size), dtype=bool)
+    folder = index.mask_folder(row)
+    if isinstance(folder, ImageFolder) and folder.partly:
+        count = min(len(list_images(folder)), total)
+        labelled = tuple(k for k, i in enumerate(indexes) if i < count)
+        if not labelled:
+            raise DataError(f"{folder}: none of the frames read has a mask. Remedy: set data.num_frames to null.")
+        masks[list(labelled)] = read_masks(folder, count, size, [indexes[k] for k in labelled], max_pixels)
+        return masks, None if len(labelled) == len(indexes) else labelled
+    if row.is_null and not (folder.path if isinstance(folder, ImageFolder) else folder).is_dir():
+        return masks, None
+    masks = read_masks(folder, total, size, indexes, max_pixels)
+    if row.is_null and masks.any():
+        raise DataError(f"{folder}: a null row's mask is empty, this one marks an object. Remedy: remove the folder.")
+    return masks, None
 
 
 def derangement(clips: Sequence[str], seed: int) -> dict[str, str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import re
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -28,21 +29,41 @@ _NUMBERED = re.compile(r"([0-9]{1,9})\.(jpg|jpeg|png)", re.IGNORECASE)
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
-def list_images(folder: Path) -> list[Path]:
-    """Numbered images of a folder in numeric order (2.jpg before 10.jpg), which must be 0..n-1 without a gap.
+@dataclass(frozen=True)
+class ImageFolder:
+    """A folder of images named `<prefix><number>.<suffix>`, where a benchmark does not name them 0.jpg, 1.jpg ..."""
+
+    path: Path
+    prefix: str = ""
+    first: int = 0
+    """Smallest number."""
+    any_value: bool = False
+    """Masks: every value but 0 is foreground (AVSBench marks objects with grey levels or colours of their class)."""
+    partly: bool = False
+    """Masks: the first frames alone may have one (AVSBench S4 annotates one frame of a training clip)."""
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+def list_images(source: Path | ImageFolder) -> list[Path]:
+    """Numbered images of a folder in numeric order (2.jpg before 10.jpg), without a gap from the first number on.
 
     Raises:
         DataError: no folder, no image, an image whose name is not a number, a number missing or given twice.
     """
+    named = source if isinstance(source, ImageFolder) else ImageFolder(source)
+    folder, first = named.path, named.first
     try:
         names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in _IMAGE_SUFFIXES)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(f"{folder}: no such folder. Remedy: restore it from the benchmark's archive.") from error
     found: dict[int, Path] = {}
     for name in names:
-        match = _NUMBERED.fullmatch(name)
-        if match is None:
-            raise DataError(f"{folder / name}: an image is named by its number, as 0.jpg. Remedy: rename or remove it.")
+        match = _NUMBERED.fullmatch(name.removeprefix(named.prefix))
+        if match is None or not name.startswith(named.prefix):
+            example = f"{named.prefix}{first}.jpg"
+            raise DataError(f"{folder / name}: an image is named by its number, as {example}. Remedy: rename or remove it.")
         number = int(match.group(1))
         if number in found:
             raise DataError(
@@ -51,13 +72,14 @@ def list_images(folder: Path) -> list[Path]:
         found[number] = folder / name
     if not found:
         raise DataError(f"{folder}: holds no image. Remedy: restore the clip from the benchmark's archive.")
-    for number in range(len(found)):
+    wanted = range(first, first + len(found))
+    for number in wanted:
         if number not in found:
             raise DataError(
-                f"{folder}: image {number} is missing, though {max(found)} exists; images are numbered 0..n-1 "
+                f"{folder}: image {number} is missing, though {max(found)} exists; images are numbered from {first} "
                 "without a gap. Remedy: restore the missing file."
             )
-    return [found[number] for number in range(len(found))]
+    return [found[number] for number in wanted]
 
 
 def frame_indexes(total: int, count: int) -> list[int]:
@@ -72,11 +94,13 @@ def frame_indexes(total: int, count: int) -> list[int]:
     return [round(segment * (k + 0.5) + 1e-6) for k in range(count)]
 
 
-def read_frames(folder: Path, count: int | None = None, max_pixels: int | None = None) -> np.ndarray:
+def read_frames(
+    folder: Path | ImageFolder, count: int | None = None, max_pixels: int | None = None
+) -> np.ndarray:
     """Frames of a clip in numeric order.
 
     Args:
-        folder: `media/<clip>/frames`.
+        folder: `media/<clip>/frames`, or where another benchmark keeps them.
         count: frames wanted, evenly spaced; None = all.
         max_pixels: larger images are refused before they are decoded.
 
@@ -104,12 +128,11 @@ def read_frames(folder: Path, count: int | None = None, max_pixels: int | None =
 
 
 def read_masks(
-    folder: Path,
+    folder: Path | ImageFolder,
     count: int,
     size: tuple[int, int],
     indexes: list[int] | None = None,
     max_pixels: int | None = None,
-    any_value: bool = False,
 ) -> np.ndarray:
     """Masks of one object, one for each frame of its clip.
 
@@ -118,12 +141,11 @@ def read_masks(
     value is refused here instead of being read either way.
 
     Args:
-        folder: `gt_mask/<clip>/fid_<fid>`.
+        folder: `gt_mask/<clip>/fid_<fid>`, or where another benchmark keeps them.
         count: frames of the clip on disk; the folder must hold exactly as many masks.
         size: (height, width) of the frames.
         indexes: the masks wanted; None = all.
         max_pixels: larger images are refused before they are decoded.
-        any_value: every value but 0 is foreground (AVSBench marks objects with grey levels of their class).
 
     Returns:
         bool [T,H,W].
@@ -132,6 +154,7 @@ def read_masks(
         DataError: a mask without a frame or the reverse, another size, a value other than 0 and 255, a broken file.
     """
     paths = list_images(folder)
+    any_value = isinstance(folder, ImageFolder) and folder.any_value
     if len(paths) != count:
         raise DataError(
             f"{folder}: {len(paths)} masks for {count} frames; each frame has one mask. "

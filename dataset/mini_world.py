@@ -4,6 +4,7 @@
     <root>/media/<clip>/frames/{0..9}.jpg        <root>/media/<clip>/audio.wav   (16 kHz, 10 s)
     <root>/gt_mask/<clip>/fid_<k>/0000{0..9}.png  values 0 and 255
     <root>/cot/train.jsonl                       true chains of thought, keyed by metadata row
+    <root>/cot/held_out.jsonl                    those of the other splits, read by nothing but the teacher's evaluation
     <root>/mini_truth.jsonl                      question kind and the facts of each row (only this world knows them)
 
 Null clips own folders (`null_m-<vid>`: muted, `null_c-<vid>`: the sound of a thing that is not seen), as in the real
@@ -188,7 +189,7 @@ def _save_image(path: Path, image: np.ndarray, options: list[int]) -> None:
 
 
 def _write_tables(root: Path, clips: list[_Clip], settings: WorldSettings) -> None:
-    table, truths, chains = [], [], []
+    table, truths, chains = [], [], {"train": [], "held_out": []}
     for clip in clips:
         numbers: dict[str, int] = {}
         for question, reference in clip.rows:
@@ -199,16 +200,17 @@ def _write_tables(root: Path, clips: list[_Clip], settings: WorldSettings) -> No
             kind = language.NULL_KIND if question is None else question.kind
             facts = language.truth(clip.scene, question, clip.sounds)
             truths.append({"row": row, "kind": kind, "truth": facts})
-            if clip.split == "train":
-                rng = np.random.default_rng((settings.seed, 6, row))
-                chain = language.reasoning(clip.scene, question, reference, rng, clip.sounds)
-                chains.append({"row": row, "uid": uid, "reasoning": chain, "target": name})
+            rng = np.random.default_rng((settings.seed, 6, row))
+            chain = language.reasoning(clip.scene, question, reference, rng, clip.sounds)
+            record = {"row": row, "uid": uid, "reasoning": chain, "target": name}
+            chains["train" if clip.split == "train" else "held_out"].append(record)
     with open(root / "metadata.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\r\n")
         writer.writerow(("vid", "uid", "split", "fid", "exp"))
         writer.writerows(table)
     _write_jsonl(root / "mini_truth.jsonl", truths)
-    _write_jsonl(root / "cot" / "train.jsonl", chains)
+    for name, records in chains.items():
+        _write_jsonl(root / "cot" / f"{name}.jsonl", records)
 
 
 def _write_jsonl(path: Path, records: list[dict]) -> None:

@@ -15,8 +15,9 @@ reference or a reasoning that spells "[SEG]", "<video>" or "<|im_start|>" is rea
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from tokenizers import AddedToken, Tokenizer
@@ -27,7 +28,9 @@ from utils.errors import DataError
 from utils.types import VIDEO_PLACEHOLDER
 
 SystemPrompt = Literal["llama2", "qwen2", "none"]
-AnswerKind = Literal["reasoning", "class", "plain"]
+AnswerKind = Literal["reasoning", "conclusion", "class", "plain"]
+NEED_REASONING: tuple[AnswerKind, ...] = ("reasoning", "conclusion")
+"""Answers that are made from a chain of thought."""
 
 SYSTEM_PROMPTS: dict[str, str | None] = {
     # AURORA utils/sem_seg_dataset.py:513-519, two spaces and one line break included: LLaMA-2's safety text with its
@@ -126,13 +129,14 @@ class Prompts:
         """int64 [L]: a target answer with its <|im_end|>.
 
         Args:
-            kind: "reasoning" (paper section 3.1), "class" (what the published distillation teacher reads,
+            kind: "reasoning" (paper section 3.1), "conclusion" (ours: the last two sentences of the reasoning, which
+                restate the reference and name the target), "class" (what the published distillation teacher reads,
                 LISA_ref_distill.py:210) or "plain" (the paper's teacher, section 3.1).
             class_name: name for kind "class".
-            reasoning: chain of thought for kind "reasoning", without the ending.
+            reasoning: chain of thought for the first two kinds, without the ending.
 
         Raises:
-            ValueError: kind "reasoning" without a reasoning, or an unknown kind.
+            ValueError: a kind of NEED_REASONING without a reasoning, or an unknown kind.
         """
         before = self._before_seg(kind, class_name, reasoning)
         return torch.tensor([*self._text(before), self.seg_id, *self._text("."), self._end])
@@ -158,15 +162,21 @@ class Prompts:
             return "It is "
         if kind == "class":
             return f"It is {class_name} "
-        if kind != "reasoning":
-            raise ValueError(f"answer = {kind!r}: must be 'reasoning', 'class' or 'plain'. Remedy: set data.answer.")
+        if kind not in NEED_REASONING:
+            kinds = ", ".join(repr(known) for known in get_args(AnswerKind))
+            raise ValueError(f"answer = {kind!r}: must be one of {kinds}. Remedy: set data.answer.")
         if not reasoning:
-            raise ValueError("answer 'reasoning' without a reasoning. Remedy: give a CoT file, or another data.answer.")
-        return f"{reasoning} It is "
+            raise ValueError(f"answer {kind!r} without a reasoning. Remedy: give a CoT file, or another data.answer.")
+        return f"{reasoning if kind == 'reasoning' else conclusion(reasoning)} It is "
 
     def _text(self, text: str) -> list[int]:
         """Ids of plain text: no control token can come out, whatever the text spells."""
         return self._plain.encode(text, add_special_tokens=False).ids
+
+
+def conclusion(reasoning: str) -> str:
+    """The last two sentences of a chain of thought: steps three and four of the paper's format (section 3.1)."""
+    return " ".join(re.split(r"(?<=[.!?])\s+", reasoning.strip())[-2:])
 
 
 def _without_added_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:

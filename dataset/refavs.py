@@ -57,7 +57,7 @@ class Row:
     uid: str
     clip: str
     """Folder below media/ and gt_mask/."""
-    split: Split
+    split: str
     fid: int
     """Number of the object's mask folder."""
     reference: str
@@ -88,8 +88,8 @@ class RefAvsIndex:
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
-        path = self.root / "metadata.csv"
-        rows, self.row_count = _read_metadata(path)
+        self.table = self.root / "metadata.csv"
+        rows, self.row_count = _read_metadata(self.table)
         truths = _read_truths(self.root / "mini_truth.jsonl", {r.row for r in rows})
         self._rows = {r.row: _with_truth(r, truths) for r in rows}
         self._splits: dict[Split, list[Row]] = {split: [] for split in Split}

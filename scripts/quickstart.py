@@ -1,4 +1,4 @@
-"""The whole pipeline on the mini world: data, teacher, SFT, evaluation, probes, report.
+"""The whole pipeline on the mini world: data, teacher, SFT, mining and correction, reflective SFT, GRPO, evaluation.
 
     python scripts/quickstart.py [--num_gpus 2] [--seed 0] [--out runs/quickstart] [--full]
 
@@ -46,12 +46,17 @@ class Run:
     sources: tuple[str, ...]
     after: tuple[str, ...] = ()
     stamps: str | None = None
+    parallel: bool = False
     full: bool = False
 
     def step(self, options: argparse.Namespace) -> Step:
+        """One call of the script."""
         command, folder, output = (_fill(text, options) for text in (self.arguments, self.folder, self.output))
         stamps = None if self.stamps is None else Path(self.stamps)
-        return Step(self.name, command, Path(folder), Path(output), self.sources, self.after, stamps=stamps)
+        return Step(
+            self.name, command, Path(folder), Path(output), self.sources, self.after, parallel=self.parallel,
+            stamps=stamps,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ class Evaluate:
     splits: tuple[str, ...]
     probe: str = "none"
     pictures: int = 0
+    overrides: tuple[str, ...] = ()
     full: bool = False
 
     @property
@@ -109,6 +115,7 @@ class Evaluate:
             f"eval.splits=[{', '.join(self.splits)}]",
             f"eval.probe={self.probe}",
             f"eval.pictures={self.pictures}",
+            *self.overrides,
         )
         return Step(
             self.name,
@@ -122,17 +129,37 @@ class Evaluate:
         )
 
 
+ENGINE_CODE = ("dataset/*.py", "dataset/annotate/**/*", "scripts/mine_failures.py", "scripts/correct_paths.py",
+               "scripts/build_reflective.py", "scripts/analyze_failures.py", "utils/answers.py")  # fmt: skip
 TEACHER = "sft.teacher_checkpoint={out}/teacher/final"
 STEPS: tuple[Run | Train | Evaluate, ...] = (
     Run("world", ("scripts/make_mini_world.py", "--out", DATA), DATA, f"{DATA}/metadata.csv", WORLD_CODE,
         stamps="data/steps"),
     Train("teacher", "teacher"),
-    Evaluate("teacher", ("test_s", "test_u")),
+    Evaluate("teacher", ("test_s", "test_u"), overrides=(f"data.cot=[{DATA}/cot/held_out.jsonl]",)),
     Train("sft", "sft", (TEACHER,), ("world", "teacher")),
     Evaluate("sft", ("test_s", "test_u", "test_n"), pictures=12),
     Evaluate("sft", ("test_s",), probe="shuffle_audio"),
     Evaluate("sft", ("test_s",), probe="shuffle_video"),
-    Train("sft_plain", "sft", (TEACHER, "data.answer=plain", "data.cot=[]"), ("world", "teacher"), full=True),
+    Run("mine", ("scripts/mine_failures.py", "--config", "configs/mini/eval.yaml", "--checkpoint", "{out}/sft/final",
+                 "--out", "{out}/mine/failures.jsonl", "eval.limit=1500"),
+        "{out}/mine", "{out}/mine/failures.jsonl", (*EVAL_CODE, *ENGINE_CODE, "configs/mini/eval.yaml"), ("sft",),
+        parallel=True),
+    Run("correct", ("scripts/correct_paths.py", "--data", DATA, "--failures", "{out}/mine/failures.jsonl",
+                    "--out", "{out}/correct/corrections.jsonl", "--backend", "mini"),
+        "{out}/correct", "{out}/correct/corrections.jsonl", ENGINE_CODE, ("mine",)),
+    Run("compose", ("scripts/build_reflective.py", "--corrections", "{out}/correct/corrections.jsonl",
+                    "--out", "{out}/compose/reflective.jsonl"),
+        "{out}/compose", "{out}/compose/reflective.jsonl", ENGINE_CODE, ("correct",)),
+    Run("taxonomy", ("scripts/analyze_failures.py", "--data", DATA, "--failures", "{out}/mine/failures.jsonl",
+                     "--out", "{out}/taxonomy/types.jsonl"),
+        "{out}/taxonomy", "{out}/taxonomy/types.jsonl", ENGINE_CODE, ("mine",)),
+    Train("reflective", "reflective",
+          ("init_from={out}/sft/final", "reflective.paths=[{out}/compose/reflective.jsonl]"), ("world", "compose")),
+    Evaluate("reflective", ("test_s", "test_u", "test_n")),
+    Train("grpo", "grpo", ("init_from={out}/reflective/final",), ("world", "reflective")),
+    Evaluate("grpo", ("test_s", "test_u", "test_n"), pictures=12),
+    Train("sft_plain", "sft", (TEACHER, "data.answer=plain"), ("world", "teacher"), full=True),
     Evaluate("sft_plain", ("test_s", "test_u"), full=True),
 )
 """What is run, in order; those marked full only with --full."""

@@ -113,6 +113,12 @@ RULES = {
     "reflective starts from somewhere": ("reflective.yaml", "init_from=null", "init_from + stage"),
     "reflective needs records": ("reflective.yaml", "reflective.paths=[]", "reflective.paths + stage"),
     "reasoning needs records": ("sft.yaml", "data.cot=[]", "data.cot + data.answer"),
+    "conclusions need records": ("teacher.yaml", "data.answer=conclusion", "data.cot + data.answer"),
+    "the teacher's conclusions need records": (
+        "sft.yaml",
+        "sft.teacher_answer=conclusion data.answer=plain data.cot=[]",
+        "data.cot + sft.teacher_answer",
+    ),
     "the teacher does not reason": ("teacher.yaml", "data.answer=reasoning", "data.answer + stage"),
     "distillation needs a teacher": (
         "sft.yaml",

@@ -48,7 +48,8 @@ def test_published_system_text_is_kept_to_the_letter() -> None:
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
-        ("reasoning", "A man plays. So the target is the cello. It is [SEG]."),
+        ("reasoning", "On the left sits Dr. B. A man plays. So the target is the cello. It is [SEG]."),
+        ("conclusion", "A man plays. So the target is the cello. It is [SEG]."),
         ("class", "It is hair-dryer [SEG]."),
         ("plain", "It is [SEG]."),
     ],
@@ -56,7 +57,7 @@ def test_published_system_text_is_kept_to_the_letter() -> None:
 def test_answers(loaded: tuple, kind: str, text: str) -> None:
     tokenizer, seg_id = loaded
     prompts = Prompts(tokenizer, seg_id)
-    options = (kind, "hair-dryer", "A man plays. So the target is the cello.")
+    options = (kind, "hair-dryer", "On the left sits Dr. B. A man plays. So the target is the cello.")
     assert prompts.answer_ids(*options).tolist() == tokenizer.encode(f"{text}<|im_end|>")
     assert prompts.answer_text(*options) == text
     assert tokenizer.decode(prompts.answer_ids(*options), skip_special_tokens=True) == text  # [SEG] stays readable

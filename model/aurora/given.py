@@ -30,7 +30,7 @@ def predict_given(model: AuroraModel, batch: Batch, texts: Sequence[str]) -> lis
         packed = model.pack(batch, batch.answers)
         without = [s.uid for s, seg in zip(batch.samples, packed.has_seg.tolist(), strict=True) if not seg]
         if without:
-            raise ValueError(f"the answers of {', '.join(without)} hold no [SEG]; set data.answer to class or plain")
+            raise ValueError(f"the answers of {', '.join(without)} hold no [SEG]; set data.answer to another kind")
         low = model(packed, model.encode(batch)).mask_logits
     return [
         Prediction(sample.row, text, parse_answer(text), model.segmenter.upscale(low[i], sam_size, size), True)

@@ -22,7 +22,8 @@ SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start
 class Branch:
     """A piece of text that continues another: `parent` -1 is the media prefix, else the index of a branch.
 
-    The loss falls on `answer` only. `on_text` continues the parent's text before its closing <|im_end|>.
+    The loss falls on `lead` (a caption, so group "caption") and `answer` (group `group`), which follow each other.
+    `on_text` continues the parent's text before its closing <|im_end|>.
     """
 
     question: str
@@ -30,6 +31,7 @@ class Branch:
     parent: int
     group: str
     on_text: bool = False
+    lead: str = ""
 
 
 def random_scene(rng: np.random.Generator) -> scenes.Scene:
@@ -133,16 +135,12 @@ def _instruction(scene: scenes.Scene, rng: np.random.Generator) -> Branch:
     phrase = language.clause(question.reference)
     described = caption(scene, rng)
     if rng.random() < 0.3:
-        return Branch(
-            first_turn(f"Describe the video, then repeat: {phrase}."),
-            f"{described} You said {phrase}.",
-            -1,
-            "then-repeat",
-        )
+        asked = first_turn(f"Describe the video, then repeat: {phrase}.")
+        return Branch(asked, f" You said {phrase}.", -1, "then-repeat", lead=described)
     reason = f"{question.anchor}, so " if question.anchor else ""
-    told = f"{phrase[:1].upper()}{phrase[1:]}: {reason}{language.answer(scene, question)}."
+    told = f" {phrase[:1].upper()}{phrase[1:]}: {reason}{language.answer(scene, question)}."
     asked = first_turn(f"Describe the video, then tell me where {phrase} is.")
-    return Branch(asked, f"{described} {told}", -1, f"then-{question.kind}")
+    return Branch(asked, told, -1, f"then-{question.kind}", lead=described)
 
 
 def pretraining_text(seed: int, scenes_count: int) -> list[str]:
@@ -152,7 +150,8 @@ def pretraining_text(seed: int, scenes_count: int) -> list[str]:
     for _ in range(scenes_count):
         scene = random_scene(rng)
         for branch in tree(scene, rng, 6, 6, 2):
-            lines.append(branch.question.replace("<|im_end|>", "").replace("<|im_start|>", "") + branch.answer)
+            asked = branch.question.replace("<|im_end|>", "").replace("<|im_start|>", "")
+            lines.append(f"{asked}{branch.lead}{branch.answer}")
         for question in language.questions(scene):
             lines.append(
                 f"The reference is: {question.reference} Please segment the corresponding object in the images."

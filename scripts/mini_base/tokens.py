@@ -104,15 +104,15 @@ class TreePacker:
         seen = [(i, np.arange(i + 1)) for i in range(len(prefix))]
         for index, branch in enumerate(tree):
             past, start = (text_spans if branch.on_text else spans)[branch.parent]
-            question, answer = self.encode(branch.question), self.encode(branch.answer + "<|im_end|>")
+            question, lead = self.encode(branch.question), self.encode(branch.lead)
+            answer = self.encode(branch.answer + "<|im_end|>")
             offset = len(ids)
-            tokens = [*question, *answer]
+            tokens = [*question, *lead, *answer]
             ids += tokens
             positions += range(start, start + len(tokens))
-            group = self._group(branch.group)
-            following = [IGNORE] * (len(question) - 1) + answer + [IGNORE]
-            labels += following
-            groups += [group if label != IGNORE else -1 for label in following]
+            labels += [IGNORE] * (len(question) - 1) + lead + answer + [IGNORE]
+            groups += [-1] * (len(question) - 1) + [self._group("caption")] * len(lead)
+            groups += [self._group(branch.group)] * len(answer) + [-1]
             own = np.arange(offset, offset + len(tokens))
             seen += [(offset + i, np.concatenate([past, own[: i + 1]])) for i in range(len(tokens))]
             text_spans[index] = (np.concatenate([past, own[:-1]]), start + len(tokens) - 1)
