@@ -74,14 +74,13 @@ def evaluated_config(config: RunConfig, overrides: Sequence[str]) -> tuple[RunCo
 
 def run(config: RunConfig, stage: str) -> dict[str, Any]:
     """Evaluate every split of the configuration; returns their scores (see `scoring.score_split`)."""
-    from dataset.build import build_processor
+    from dataset.build import build_index, build_processor
     from dataset.clips import ClipDataset, ClipSettings
     from dataset.collate import build_loader
     from dataset.cot import read_cot
     from dataset.media import read_frames
     from dataset.mini_language import chain_is_faithful
     from dataset.prompt import NEED_REASONING, Prompts, load_tokenizer
-    from dataset.refavs import RefAvsIndex
     from model.aurora.build import build_model
     from model.aurora.trained import find_trained
     from utils import distributed
@@ -96,11 +95,11 @@ def run(config: RunConfig, stage: str) -> dict[str, Any]:
     sizes = model.backbone.config
     processor = build_processor(config, tokenizer, sizes.vision.image_size, sizes.beats.mel_bins)
     prompts = Prompts(tokenizer, seg_id, config.model.system_prompt)
-    index = RefAvsIndex(config.data.root)
+    index = build_index(config.data)
     given = config.data.answer if stage == "teacher" else None
     settings = ClipSettings(given, None, config.data.num_frames, config.data.max_image_pixels,
                             config.data.max_audio_seconds, probe=config.eval.probe, seed=config.seed)
-    facts = evaluation_facts(config, stage, find_trained(str(config.eval.checkpoint)))
+    facts = evaluation_facts(config, stage, find_trained(str(config.eval.checkpoint)), index.table)
     # The teacher reads true answers; some are made from reasoning records, which only the mini world has for tests.
     known = read_cot(config.data.cot, index) if given in NEED_REASONING else {}
     true_answer = partial(answer_of, prompts, known, given) if given else None

@@ -31,7 +31,7 @@ _MADE_OF_REASONING = ("reasoning", "conclusion")
 
 def broken_rules(config: RunConfig) -> list[BrokenRule]:
     """Every rule that `config` breaks, in reading order of the fields."""
-    checks = (_stage_rules, _teacher_rules, _trainable_rules, _loss_rules, _run_rules, _grpo_rules)
+    checks = (_stage_rules, _teacher_rules, _trainable_rules, _loss_rules, _run_rules, _grpo_rules, _benchmark_rules)
     found = [broken for check in checks for broken in check(config)]
     return [replace(b, values=tuple(reduce(getattr, name.split("."), config) for name in b.fields)) for b in found]
 
@@ -61,6 +61,40 @@ def _stage_rules(c: RunConfig) -> Iterator[BrokenRule]:
         )
     if c.stage == "eval" and not c.eval.checkpoint:
         yield BrokenRule(("eval.checkpoint", "stage"), "nothing to evaluate", "set eval.checkpoint to a run folder")
+
+
+def _benchmark_rules(c: RunConfig) -> Iterator[BrokenRule]:
+    subset = c.data.benchmark.removeprefix("avsbench_")
+    avsbench = c.data.benchmark != "refavs"
+    own = {"per_expression", subset} if avsbench else {"per_expression", "official"}
+    splits = {"train", "val", "test"} if avsbench else {"train", "val", "test_s", "test_u", "test_n"}
+    if c.stage == "eval" and not splits.issuperset(c.eval.splits):
+        yield BrokenRule(
+            ("eval.splits", "data.benchmark"), "the benchmark has no such split", f"choose from {sorted(splits)}"
+        )
+    if c.stage == "eval" and not own.issuperset(c.eval.protocol):
+        yield BrokenRule(
+            ("eval.protocol", "data.benchmark"), "another benchmark's protocol", f"choose from {sorted(own)}"
+        )
+    if avsbench and c.stage != "eval" and (c.data.cot or c.data.answer in ("reasoning", "conclusion")):
+        yield BrokenRule(
+            ("data.benchmark", "data.cot", "data.answer"),
+            "AVSBench has no reasoning records",
+            "set data.cot to [] and data.answer to plain or class",
+        )
+    if avsbench and c.stage == "reflective":
+        yield BrokenRule(("data.benchmark", "stage"), "AVSBench has no reflective paths", "set stage to grpo or sft")
+    if subset == "ms3" and c.stage != "eval" and _needs_class(c):
+        yield BrokenRule(
+            ("data.benchmark", "data.answer", "grpo.reward_weights", "grpo.mask_loss_on"),
+            "MS3 does not name what sounds",
+            "set data.answer to plain; in stage grpo the class reward to 0 and mask_loss_on to all or best",
+        )
+
+
+def _needs_class(c: RunConfig) -> bool:
+    rewarded = c.grpo.reward_weights.get("class", 0) > 0 or c.grpo.mask_loss_on == "class_correct"
+    return c.data.answer == "class" or (c.stage == "grpo" and rewarded)
 
 
 def _teacher_rules(c: RunConfig) -> Iterator[BrokenRule]:

@@ -88,8 +88,15 @@ class TrainableConfig(Section):
 class DataConfig(Section):
     """What is read and how a row becomes a sample."""
 
+    benchmark: Literal["refavs", "avsbench_s4", "avsbench_ms3"] = knob(
+        "refavs",
+        'which benchmark lies in `root`; AVSBench asks for "The sounding object" in every clip',
+        "name",
+        "paper 4.1, 4.4",
+    )
     root: str = knob(
-        "data/refavs", "folder of Ref-AVS: metadata.csv, media/, gt_mask/", "path", "published code", min_length=1
+        "data/refavs", "folder of the benchmark (Ref-AVS: metadata.csv, media/, gt_mask/; AVSBench: see "
+        "dataset/avsbench.py)", "path", "published code", min_length=1
     )
     cot: tuple[Name, ...] = knob((), "JSONL files of reasoning records, keyed by metadata row", "paths", "paper 3.1")
     train_split: Literal["train", "val"] = knob("train", "split that is trained on", "name", "paper 4.1")

@@ -91,12 +91,13 @@ class EvalConfig(Section):
     """train_ds_test.py."""
 
     checkpoint: str | None = knob(None, "run or checkpoint folder to evaluate", "path", "ours", min_length=1)
-    splits: tuple[Literal["train", "val", "test_s", "test_u", "test_n"], ...] = knob(
-        ("test_s", "test_u", "test_n"), "splits that are scored", "names", "paper 4.1", min_length=1
+    splits: tuple[Literal["train", "val", "test", "test_s", "test_u", "test_n"], ...] = knob(
+        ("test_s", "test_u", "test_n"), "splits that are scored (AVSBench: test)", "names", "paper 4.1", min_length=1
     )
-    protocol: tuple[Literal["official", "per_expression"], ...] = knob(
+    protocol: tuple[Literal["official", "per_expression", "s4", "ms3"], ...] = knob(
         ("official", "per_expression"),
-        "Ref-AVS's own scoring (256 px, 4 clips pooled, J at 0.4) and AURORA's (native size, per clip, 0.5)",
+        "Ref-AVS's own scoring (256 px, 4 clips pooled, J at 0.4), AURORA's (native size, per clip, 0.5), and "
+        "AVSBench's of its subsets s4 and ms3 (224 px, 4 clips pooled, 0.5)",
         "names",
         "Ref-AVS official code",
         min_length=1,

@@ -7,8 +7,9 @@ import logging
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from configs.schema import RunConfig
-from dataset.clips import ClipDataset, ClipSettings
+from configs.schema import DataConfig, RunConfig
+from dataset.avsbench import AvsBenchIndex
+from dataset.clips import ClipDataset, ClipIndex, ClipSettings
 from dataset.collate import build_loader
 from dataset.cot import read_cot, rows_with_reasoning
 from dataset.mixture import MixtureSampler
@@ -45,6 +46,17 @@ def build_processor(
     )
 
 
+def build_index(data: DataConfig) -> ClipIndex:
+    """The rows and files of `data.benchmark` below `data.root`.
+
+    Raises:
+        DataError: its table is missing or faulty.
+    """
+    if data.benchmark == "refavs":
+        return RefAvsIndex(data.root)
+    return AvsBenchIndex(data.root, "s4" if data.benchmark == "avsbench_s4" else "ms3")
+
+
 def training_clips(
     config: RunConfig, processor: AuroraProcessor, prompts: Prompts
 ) -> ClipDataset | ConcatDataset[Sample]:
@@ -58,7 +70,7 @@ def training_clips(
         DataError: metadata or reasoning files are faulty, or no row is left.
     """
     data = config.data
-    index = RefAvsIndex(data.root)
+    index = build_index(data)
     rows = [row for row in index.rows(data.train_split) if data.null_rows or not row.is_null]
     cot = {}
     distils = config.stage == "sft" and config.loss.distill > 0

@@ -62,8 +62,8 @@ def list_images(source: Path | ImageFolder) -> list[Path]:
     for name in names:
         match = _NUMBERED.fullmatch(name.removeprefix(named.prefix))
         if match is None or not name.startswith(named.prefix):
-            example = f"{named.prefix}{first}.jpg"
-            raise DataError(f"{folder / name}: an image is named by its number, as {example}. Remedy: rename or remove it.")
+            rule = f"an image is named by its number, as {named.prefix}{first}.jpg"
+            raise DataError(f"{folder / name}: {rule}. Remedy: rename or remove it.")
         number = int(match.group(1))
         if number in found:
             raise DataError(

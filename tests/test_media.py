@@ -122,7 +122,7 @@ def test_mask_of_another_size_value_or_count_is_refused(masks: Path) -> None:
     cv2.imwrite(str(masks / "00002.png"), np.full((48, 64), 1, np.uint8))
     with pytest.raises(DataError, match=r"00002\.png: values \[1\]; .*0 \(background\) and 255.*Remedy"):
         media.read_masks(masks, 12, (48, 64))
-    assert media.read_masks(masks, 12, (48, 64), any_value=True)[2].all()
+    assert media.read_masks(media.ImageFolder(masks, any_value=True), 12, (48, 64))[2].all()
     path = masks / "00001.png"
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DataError, match=r"00001\.png: truncated"):

@@ -36,7 +36,7 @@ from utils.results import (
 )
 from utils.scoring import NULL_CLASS, Faithful, RowResult, mask_logits, score_row, score_split
 from utils.types import Batch, Prediction, Sample
-from utils.visualize import jpeg, save_masks, strip
+from utils.visualize import jpeg, save_masks, save_probabilities, strip
 
 MASK_LOGIT = 0.0
 """Pixels above it are written as predicted (probability 0.5)."""
@@ -47,7 +47,7 @@ class SplitTask:
     """What is to be evaluated, and where its files go."""
 
     folder: Path
-    """Gets metrics.json, predictions.jsonl, pictures/ and masks/."""
+    """Gets metrics.json, predictions.jsonl, pictures/, masks/ and probabilities/."""
     split: str
     rows: tuple[int, ...]
     """Metadata rows in file order; position i is sample i of the loader."""
@@ -58,12 +58,14 @@ class SplitTask:
     pictures: frozenset[int] = frozenset()
     """Rows that get a picture."""
     save_masks: bool = False
+    save_probabilities: bool = False
 
     @property
     def identity(self) -> str:
         """Names the result: equal tasks give equal files."""
         settings = {"split": self.split, "rows": self.rows, "batch_size": self.batch_size, "protocols": self.protocols}
         drawn = {"pictures": sorted(self.pictures), "save_masks": self.save_masks}
+        drawn["save_probabilities"] = self.save_probabilities
         return identity_of({**settings, **drawn, "facts": self.facts})
 
     def batches(self) -> list[list[int]]:
@@ -111,16 +113,19 @@ def evaluate_split(
     return distributed.from_main(_merge(task, parts) if distributed.is_main() else {})
 
 
-def evaluation_facts(config: RunConfig, stage: str, checkpoint: Path) -> dict[str, Any]:
+def evaluation_facts(config: RunConfig, stage: str, checkpoint: Path, table: Path | None = None) -> dict[str, Any]:
     """What predictions of a run depend on, for `SplitTask.facts`.
 
     Args:
         config: the evaluation, with the checkpoint's model and input settings.
         stage: that trained the checkpoint.
         checkpoint: folder with trained.json and trained.safetensors.
+        table: that lists the rows, where it does not lie in `data.root` itself.
     """
     base = [path for path in Path(config.model.base).iterdir() if path.is_file()]
     tables = [path for path in Path(config.data.root).iterdir() if path.is_file()]
+    if table is not None and table not in tables:
+        tables.append(table)
     return {
         "checkpoint": str(checkpoint),
         "checkpoint_sha256": hash_files(checkpoint.glob("trained.*")),
@@ -180,12 +185,16 @@ def _finish_row(
     faithful: Faithful | None,
 ) -> dict[str, Any]:
     """The row's line for the part file. Its picture and masks are written first, so that a finished row has them."""
-    masks = (mask_logits(prediction) > MASK_LOGIT).cpu().numpy()
+    logits = mask_logits(prediction)
+    masks = (logits > MASK_LOGIT).cpu().numpy()
     if frames_of is not None and sample.row in task.pictures:
         picture = jpeg(strip(frames_of(sample), sample.masks.cpu().numpy(), masks))
         write_bytes(task.folder / "pictures" / f"{sample.row:05d}.jpg", picture)
     if task.save_masks:
         save_masks(task.folder / "masks" / f"{sample.row:05d}", masks)
+    if task.save_probabilities:
+        probabilities = logits.detach().float().sigmoid().cpu().numpy()
+        save_probabilities(task.folder / "probabilities" / f"{sample.row:05d}", probabilities)
     result = score_row(sample, prediction, task.protocols, faithful).to_json()
     return {**result, "video": sample.video_key, "audio": sample.audio_key, "masks": encode_masks(masks)}
 

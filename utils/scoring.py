@@ -45,7 +45,7 @@ class RowResult:
     reference: str
     kind: str
     class_name: str
-    """True class, from the uid."""
+    """True class, from the uid; "" where the benchmark tells none (AVSBench MS3)."""
     text: str
     """The whole answer."""
     answer_class: str | None
@@ -99,14 +99,13 @@ def score_row(
     """
     if prediction.row != sample.row:
         raise ValueError(f"prediction of row {prediction.row} was paired with row {sample.row} ({sample.uid})")
-    logits = mask_logits(prediction)
-    pieces: dict[str, Scores | Counts] = {}
-    for name in dict.fromkeys((*protocols, ROW_PROTOCOL)):
-        try:
-            counts = count_frames(fit_logits(logits, name), fit_masks(sample.masks, name), name)
-        except ValueError as error:
-            raise ValueError(f"row {sample.row} ({sample.uid}) cannot be scored: {error}") from error
-        pieces[name] = score_counts(counts, name) if get_protocol(name).rows_per_batch == 1 else counts
+    logits, masks = mask_logits(prediction), sample.masks
+    if sample.labelled is not None:
+        logits, masks = logits[list(sample.labelled)], masks[list(sample.labelled)]
+    try:
+        pieces = row_pieces(logits, masks, (*protocols, ROW_PROTOCOL))
+    except ValueError as error:
+        raise ValueError(f"row {sample.row} ({sample.uid}) cannot be scored: {error}") from error
     known = faithful is not None and sample.truth is not None
     return RowResult(
         row=sample.row,
@@ -123,6 +122,24 @@ def score_row(
     )
 
 
+def row_pieces(logits: Tensor, masks: Tensor, protocols: Iterable[str]) -> dict[str, Scores | Counts]:
+    """What each protocol keeps of one row: final values where it pools no rows, else counts.
+
+    Args:
+        logits: float [T,H,W].
+        masks: bool [T,H,W], of the same size unless every protocol compares at one size of its own.
+        protocols: names.
+
+    Raises:
+        ValueError: see `metrics.count_frames`.
+    """
+    pieces: dict[str, Scores | Counts] = {}
+    for name in dict.fromkeys(protocols):
+        counts = count_frames(fit_logits(logits, name), fit_masks(masks, name), name)
+        pieces[name] = score_counts(counts, name) if get_protocol(name).rows_per_batch == 1 else counts
+    return pieces
+
+
 def mask_logits(prediction: Prediction) -> Tensor:
     """The logits that count, float [T,H,W]: those of an answer without [SEG] are EMPTY_LOGIT everywhere."""
     logits = prediction.mask_logits
@@ -137,8 +154,9 @@ def score_split(results: Iterable[RowResult], protocols: Sequence[str]) -> dict[
         protocols: names; each was given to `score_row`.
 
     Returns:
-        `n`, `failed` (rows whose answer asked for no mask), `class_accuracy`, `format_share`, `faithful` with
-        `faithful_n`, one entry per protocol, and the same under `kinds` and `classes` for each of these groups.
+        `n`, `failed` (rows whose answer asked for no mask), `class_accuracy` (of the rows whose class is known, None
+        without any), `format_share`, `faithful` with `faithful_n`, one entry per protocol, and the same under `kinds`
+        and `classes` for each of these groups.
         A protocol's entry holds `J`, `F`, `J&F`, or only `S` where all rows are null, and `n`.
 
     Raises:
@@ -155,7 +173,7 @@ def score_split(results: Iterable[RowResult], protocols: Sequence[str]) -> dict[
         **_group(ordered, protocols),
         "failed": [result.row for result in ordered if not result.has_seg],
         "kinds": {name: _group(group, protocols) for name, group in _split_by(ordered, "kind").items() if name},
-        "classes": {name: _group(group, protocols) for name, group in _split_by(ordered, "class_name").items()},
+        "classes": {name: _group(group, protocols) for name, group in _split_by(ordered, "class_name").items() if name},
     }
 
 
@@ -181,9 +199,10 @@ def _short_answer(text: str) -> str | None:
 
 def _group(results: Sequence[RowResult], protocols: Sequence[str]) -> dict[str, Any]:
     judged = [result.faithful for result in results if result.faithful is not None]
+    named = [result.answer_class == result.class_name for result in results if result.class_name]
     return {
         "n": len(results),
-        "class_accuracy": _percent([result.answer_class == result.class_name for result in results]),
+        "class_accuracy": _percent(named) if named else None,
         "format_share": _percent([result.well_formed for result in results]),
         "faithful": _percent(judged) if judged else None,
         "faithful_n": len(judged),

@@ -53,7 +53,7 @@ class Sample:
     fbank: Tensor
     """float32 [F,K]: raw log-mel energies (mean and std are applied inside the audio tower)."""
     masks: Tensor
-    """bool [T,H,W]: ground truth at native size; all False for a null row."""
+    """bool [T,H,W]: ground truth at native size; all False for a null row, and on frames that nobody annotated."""
     prompt_ids: Tensor
     """int64 [L]: chat prompt up to and including the assistant header, with VIDEO_PLACEHOLDER."""
     answer_ids: Tensor
@@ -72,6 +72,8 @@ class Sample:
     """uint8 [T,H,W,3] RGB at native size, kept only where pictures are asked for."""
     truth: dict | None = None
     """What the mini world knows of the row's true chain; None for real data."""
+    labelled: tuple[int, ...] | None = None
+    """Frames whose mask was annotated, in rising order; None = all. Losses, rewards and scores read no others."""
 
 
 @dataclass

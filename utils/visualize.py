@@ -86,6 +86,15 @@ def save_masks(folder: Path, masks: np.ndarray) -> None:
             raise OSError(f"{path}: could not be written (disk full or folder not writable?)")
 
 
+def save_probabilities(folder: Path, probabilities: np.ndarray) -> None:
+    """float32 [T,H,W] in [0, 1] -> 16-bit grey PNG files (00000.png, ...); a value is kept to 1/131070."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for t, probability in enumerate(probabilities):
+        path = folder / f"{t:05d}.png"
+        if not cv2.imwrite(str(path), np.rint(probability * np.float32(65535)).astype(np.uint16)):
+            raise OSError(f"{path}: could not be written (disk full or folder not writable?)")
+
+
 def _spotlight(frame: np.ndarray, mask: np.ndarray, colour: Colour) -> np.ndarray:
     """`overlay` with the rest of the frame dimmed, so that masks stand out on any colour."""
     return overlay(np.where(mask[..., None], frame, frame // 2), mask, colour)

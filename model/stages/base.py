@@ -120,14 +120,17 @@ def build_stage(config: RunConfig, engine: nn.Module, tokenizer: PreTrainedToken
 
 
 def draw_frames(batch: Batch, count: int | None, device: torch.device) -> Tensor | None:
-    """int64 [B,count] distinct frames of each clip in rising order, drawn with torch's CPU generator; None = all.
+    """int64 [B,k] distinct frames of each clip in rising order, drawn with torch's CPU generator; None = all.
 
-    The published code decodes all 10; fewer cost less, and over the epochs every frame has its turn.
+    The published code decodes all 10; fewer cost less, and over the epochs every frame has its turn. Frames without an
+    annotated mask are never drawn; k is `count`, or less where a clip has fewer annotated frames.
     """
     frames = batch.sam_pixels.shape[1]
-    if count is None or count >= frames:
+    pools = [torch.arange(frames) if s.labelled is None else torch.tensor(s.labelled) for s in batch.samples]
+    size = min(frames if count is None else count, *(len(pool) for pool in pools))
+    if size == frames:
         return None
-    return torch.stack([torch.randperm(frames)[:count].sort().values for _ in range(len(batch))]).to(device)
+    return torch.stack([pool[torch.randperm(len(pool))[:size].sort().values] for pool in pools]).to(device)
 
 
 def cross_entropy(output: AuroraOutput) -> Tensor:

@@ -153,7 +153,7 @@ class GrpoStage(Stage):
 def judge(
     model: AuroraModel, batch: Batch, media: MediaFeatures, answers: Generation, group: int
 ) -> list[Judged]:
-    """What the rewards may read of R answers; each clip's G masks are decoded together, on all frames."""
+    """What the rewards may read of R answers; each clip's G masks are decoded together (IoU: of annotated frames)."""
     features = model.project(answers.seg_hidden).masked_fill(~answers.has_seg[:, None], 0)
     judged = []
     for clip, sample in enumerate(batch.samples):
@@ -161,8 +161,9 @@ def judge(
         images = media.image_embeddings[clip : clip + 1].expand(group, *media.image_embeddings.shape[1:])
         # Decoded without [SEG] too: under ZeRO-3 every process must make the same calls.
         low = model.decode_masks(features[rows.start : rows.stop], answers.has_seg[rows.start : rows.stop], images)
-        masks = batch.masks[clip].to(low.device)
-        for answer, logits in zip(rows, low, strict=True):
+        chosen = list(range(images.shape[1]) if sample.labelled is None else sample.labelled)
+        masks = batch.masks[clip][chosen].to(low.device)
+        for answer, logits in zip(rows, low[:, chosen], strict=True):
             has_seg = bool(answers.has_seg[answer])
             size = tuple(masks.shape[-2:])
             iou = frame_iou(model.segmenter.upscale(logits, batch.sam_sizes[clip], size), masks) if has_seg else 0.0
