@@ -37,3 +37,48 @@ def parse_answer(text: str) -> str | None:
         if name.strip(" -_"):
             return " ".join(name.lower().split()).strip(" -_")
     return None
+
+
+_SENTENCE = re.compile(r"(?<=[.!?])\s+")
+_SIGNS = (
+    ("answer", re.compile(r"\bthe\s+target\s+is\b|\[SEG\]", re.IGNORECASE)),
+    ("reflection", re.compile(r"\b(?:wait|re-?evaluat\w*|re-?examin\w*|re-?consider\w*|on second thought)\b", re.I)),
+    ("reference", re.compile(r"\breference\b", re.IGNORECASE)),
+)
+_SENSES = re.compile(
+    r"\b(?:(?P<audio>audio|sounds?|sounding|hear\w*|listen\w*|silen\w*|loud\w*|quiet\w*|noise|voices?)"
+    r"|(?P<video>images?|videos?|frames?|see|seen|sees|shows?|visible|visual\w*|scene|left|right|middle))\b",
+    re.IGNORECASE,
+)
+
+
+def sentences(answer: str) -> list[str]:
+    """An answer cut after each full stop, exclamation or question mark."""
+    return [part for part in _SENTENCE.split(answer.strip()) if part]
+
+
+def reasoning_steps(answer: str, reference: str) -> list[tuple[str, str]]:
+    """An answer as (step, text): the paper's video, audio, reference and answer, in the order in which they are said.
+
+    The steps carry no marks in the text (paper section 3.1), so they are told by their words: the answer names the
+    target, the reference step repeats the reference or speaks of it, the other two are told by the first word about
+    sight or sound. A sentence without any such word continues the step before it; "reflection" marks a change of mind
+    (paper eq. 3). For reading only: no score depends on it.
+
+    Args:
+        answer: the whole answer.
+        reference: the referring expression.
+    """
+    asked = " ".join(reference.lower().strip().rstrip(".").split())
+    steps: list[tuple[str, str]] = []
+    for sentence in sentences(answer):
+        name = next((name for name, sign in _SIGNS if sign.search(sentence)), None)
+        if name is None and asked and asked in " ".join(sentence.lower().split()):
+            name = "reference"
+        if name is None:
+            found = _SENSES.search(sentence)
+            name = found.lastgroup if found else steps[-1][0] if steps else "video"
+        if steps and steps[-1][0] == name:
+            sentence = f"{steps.pop()[1]} {sentence}"
+        steps.append((name, sentence))
+    return steps

@@ -1,41 +1,80 @@
-"""Style and script of the report page: one column on narrow windows, light and dark, all controls by keyboard."""
+"""The style of a report: one column on narrow windows, light and dark, visible focus, wide tables scroll alone."""
 
 CSS = """
-:root { color-scheme: light dark; --line: #8885; --soft: #8881; --good: #18794e; --bad: #b42318; }
-@media (prefers-color-scheme: dark) { :root { --good: #4cc38a; --bad: #ff8a7a; } }
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; --good: #18794e; --bad: #b42318; --accent: #2a78d6;
+  --page: #fff; --ink: #1a1d21; --dim: #60666e; }
+@media (prefers-color-scheme: dark) { :root { --good: #4cc38a; --bad: #ff8a7a; --accent: #6ea8ff; --page: #16181b;
+  --ink: #e8eaed; --dim: #a0a6ae; } }
 * { box-sizing: border-box; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1200px; padding: 1rem;
-  overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-p.note, figcaption, .meta { color: GrayText; font-size: .9rem; }
-.scroll { overflow-x: auto; } .scroll:focus-visible, button:focus-visible { outline: 2px solid #2a78d6; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-td, tbody th { white-space: nowrap; } th { vertical-align: bottom; }
+html { scroll-padding-top: 3.2rem; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1280px; padding: 0 1.2rem 4rem;
+  overflow-wrap: anywhere; background: var(--page); color: var(--ink); }
+h1 { font-size: 1.6rem; margin: 1.4rem 0 .2rem; } h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; }
+h3 { font-size: 1.05rem; margin: 1.4rem 0 .4rem; } h4 { font-size: .95rem; margin: 1rem 0 .3rem; }
+p.note, figcaption, .meta { color: var(--dim); font-size: .87rem; } p.note { margin: .4rem 0; }
+p.banner { border-left: 4px solid #d08a00; background: #d08a0018; padding: .5rem .8rem; margin: .8rem 0; }
+nav.top { position: sticky; top: 0; z-index: 2; background: var(--page); border-bottom: 1px solid var(--line);
+  display: flex; gap: 1.1rem; overflow-x: auto; padding: .55rem 0; white-space: nowrap; }
+a { color: var(--accent); } nav.top a { text-decoration: none; }
+.scroll { overflow-x: auto; } :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+td, tbody th { white-space: nowrap; } th { vertical-align: bottom; font-weight: 600; } tbody th { font-weight: 500; }
 th, td { padding: .25rem .55rem; text-align: right; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; } thead th { border-bottom-width: 2px; }
+tbody th { position: sticky; left: 0; background: var(--page); }
+tr.paper th, tr.paper td { color: var(--dim); font-style: italic; } tr.paper th { padding-left: 1.4rem; }
+tr.ours th, tr.ours td { background: color-mix(in srgb, var(--accent) 12%, var(--page)); }
+.wrap { display: inline-block; min-width: 16rem; max-width: 26rem; white-space: normal; text-align: left; }
+svg.bar { width: 90px; height: 12px; vertical-align: middle; } svg.bar .t { fill: var(--soft); }
+svg.bar .m { fill: var(--accent); opacity: .55; } svg.bar .w { stroke: var(--ink); stroke-width: 2; fill: none;
+  vector-effect: non-scaling-stroke; }
+details { border: 1px solid var(--line); border-radius: .5rem; padding: .5rem .8rem; margin: .6rem 0; }
+summary { cursor: pointer; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: .6rem; }
-svg { width: 100%; height: auto; } svg text { font-size: 10px; fill: CanvasText; } svg text.t { font-size: 12px; }
-svg line.g { stroke: var(--line); stroke-width: .5; } .key { display: inline-block; margin-right: 1rem; }
+figure { margin: 0; min-width: 0; }
+.charts svg { width: 100%; height: auto; } .charts svg text { font-size: 10px; fill: var(--dim); }
+.charts svg text.t { font-size: 12px; fill: var(--ink); } svg line.g { stroke: var(--line); stroke-width: .5; }
+.key { display: inline-block; margin-right: 1rem; }
 .key i { display: inline-block; width: 1.2em; height: .25em; vertical-align: middle; margin-right: .35em; }
-.filters { display: flex; flex-wrap: wrap; gap: .4rem; margin: .6rem 0; }
-button { font: inherit; padding: .2rem .8rem; border: 1px solid var(--line); border-radius: 1rem; cursor: pointer;
-  background: transparent; color: inherit; }
-button[aria-pressed=true] { background: #2a78d6; color: #fff; }
-article { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 1rem; padding: 1rem;
-  margin: .8rem 0; background: var(--soft); border-radius: .5rem; }
-article[hidden] { display: none; } article img { width: 100%; height: auto; display: block; image-rendering: auto; }
-article h3 { margin: 0 0 .3rem; font-size: 1rem; } ol { padding-left: 1.3rem; margin: .4rem 0; }
-audio { width: 100%; margin-top: .4rem; } .good { color: var(--good); } .bad { color: var(--bad); }
-figure { margin: 0; }
-@media (max-width: 720px) { article { grid-template-columns: minmax(0, 1fr); } }
-"""
-
-SCRIPT = """
-const buttons = [...document.querySelectorAll('.filters button')];
-const clips = [...document.querySelectorAll('article')];
-for (const button of buttons) button.addEventListener('click', () => {
-  for (const other of buttons) other.setAttribute('aria-pressed', String(other === button));
-  const tag = button.dataset.tag;
-  for (const clip of clips) clip.hidden = tag !== '' && !clip.dataset.tags.split(' ').includes(tag);
-});
+.filters { display: flex; flex-wrap: wrap; gap: .5rem .7rem; align-items: end; padding: .7rem; margin: .6rem 0;
+  background: var(--soft); border-radius: .5rem; }
+.filters label { display: flex; flex-direction: column; font-size: .8rem; color: var(--dim); }
+.filters .wide { flex: 1 1 14rem; } .filters .tick { flex-direction: row; gap: .35rem; padding-bottom: .35rem; }
+input, select, button { font: inherit; font-size: .9rem; color: var(--ink); }
+select, input[type=search] { padding: .25rem .4rem; border: 1px solid var(--line); border-radius: .35rem;
+  background: var(--page); max-width: 100%; }
+button { padding: .25rem .9rem; border: 1px solid var(--line); border-radius: .35rem; cursor: pointer;
+  background: var(--page); } button:hover { border-color: var(--accent); }
+.keys { font-size: .9rem; } .keys dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem .9rem; }
+dd { margin: 0; } kbd { border: 1px solid var(--line); border-radius: .25rem; padding: 0 .35rem; }
+article { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 1.2rem; padding: 1rem;
+  margin: .8rem 0; background: var(--soft); border-radius: .6rem; scroll-margin-top: 3.2rem; }
+article h3 { margin: 0 0 .1rem; } article .meta { margin: 0 0 .5rem; } .said h4 { margin: .5rem 0 .2rem; }
+.pictures { display: flex; flex-direction: column; gap: .45rem; } .pictures img { display: block; width: 100%; }
+.strip { position: relative; overflow: hidden; border-radius: .3rem; cursor: zoom-in; background: #000; }
+.strip img { position: absolute; inset: 0; width: 100%; height: 100%; }
+.truth figcaption::before, .predicted figcaption::before { content: ''; display: inline-block; width: .7em;
+  height: .7em; border-radius: 50%; margin-right: .4em; background: #20c860; }
+.predicted figcaption::before { background: #ff6020; }
+body.plain .mask { visibility: hidden; }
+audio { width: 100%; height: 36px; } .enlarge { align-self: start; }
+.chips { display: flex; flex-wrap: wrap; gap: .35rem; margin: .2rem 0 .5rem; }
+.chip { padding: .05rem .55rem; border-radius: 1rem; background: var(--soft); font-size: .87rem; white-space: pre; }
+.good { color: var(--good); } .bad { color: var(--bad); }
+.chip.good { background: color-mix(in srgb, var(--good) 15%, transparent); }
+.chip.bad { background: color-mix(in srgb, var(--bad) 15%, transparent); }
+ol.steps { list-style: none; padding: 0; margin: .3rem 0; } .steps li { margin: 0 0 .35rem; padding-left: 5.6rem;
+  position: relative; } .steps b { position: absolute; left: 0; font-size: .78rem; font-weight: 600;
+  letter-spacing: .02em; color: var(--dim); line-height: 1.9; }
+#more { text-align: center; }
+dialog { width: min(1100px, 96vw); max-height: 94vh; border: 1px solid var(--line); border-radius: .6rem;
+  background: var(--page); color: var(--ink); padding: 1rem; } dialog::backdrop { background: #000a; }
+dialog .head { display: flex; justify-content: space-between; gap: 1rem; align-items: start; }
+dialog h3 { margin: 0; } .views { display: flex; flex-wrap: wrap; gap: .8rem; margin: .6rem 0; }
+.views figure { flex: 1 1 18rem; max-width: 40rem; } .view { position: relative; overflow: hidden; background: #000; }
+.inner { position: relative; } .inner img { display: block; width: 100%; } .inner .mask { position: absolute; inset: 0;
+  height: 100%; } .slide { display: flex; gap: .8rem; align-items: center; } .slide input { flex: 1; }
+@media (max-width: 820px) { article { grid-template-columns: minmax(0, 1fr); padding: .7rem; }
+  body { padding: 0 .7rem 3rem; } .filters label { flex: 1 1 7rem; } tbody th { position: static; } }
+@media print { nav.top, .filters, #more, audio, .enlarge { display: none; } }
 """

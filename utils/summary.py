@@ -1,17 +1,21 @@
-"""metrics.json of many evaluations -> one summary, and predictions.jsonl -> the clips of a report."""
+"""Evaluations -> one summary, one table, one page (`utils.report` writes it, `utils.report_media` its pictures)."""
 
 from __future__ import annotations
 
-import io
+import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-import soundfile
-
+from utils.breakdown import break_down, compare, size_names
 from utils.curves import charts_of_runs
-from utils.report import Clip, render_page
+from utils.report import Report, render_page
+from utils.report_gallery import gallery_data
+from utils.report_media import WIDTH, Drawn, MediaSource, draw_media, draw_sounds
+from utils.report_runs import Evaluation, find_evaluations, pairs
 from utils.results import write_bytes
 from utils.tables import format_table, mix_scores
 
@@ -30,13 +34,15 @@ def stage_summary(folder: Path) -> dict[str, Any]:
     Returns:
         Per split J, F, J&F (or S) under protocol official, n, shares and "per_expression" with the same; `mix`, the
         mean of test_s and test_u; `kinds` and the shares of test_s at the top; `answers`, whether they were generated
-        or given.
+        or given; `stage` and `answer`, what was trained.
     """
     summary: dict[str, Any] = {}
     for path in sorted(folder.glob("*/metrics.json")):
         metrics = json.loads(path.read_text(encoding="utf-8"))
         scores = metrics["scores"]
         summary["answers"] = metrics.get("answers", "generated")
+        summary["stage"] = metrics.get("stage", "")
+        summary["answer"] = metrics.get("config", {}).get("data", {}).get("answer", "")
         kinds = {name: _group(group) for name, group in scores["kinds"].items()}
         summary[metrics["split"]] = {**_group(scores), "failed": len(scores["failed"]), "kinds": kinds}
     if "test_s" in summary and "test_u" in summary:
@@ -54,48 +60,15 @@ def _group(scores: Mapping[str, Any]) -> dict[str, Any]:
     return {**official, **{name: scores[name] for name in _SHARES}, "per_expression": scores["per_expression"]}
 
 
-def report_clips(folder: Path, media: Path) -> Iterator[Clip]:
-    """The pictured rows of an evaluation, split by split in file order.
-
-    Args:
-        folder: of the evaluation.
-        media: folder `media` of the data, for the sounds.
-    """
-    order = ("test_s", "test_u", "test_n")
-    found = {path.parent.name: path for path in folder.glob("*/predictions.jsonl")}
-    for split in sorted(found, key=lambda name: (name not in order, order.index(name) if name in order else 0, name)):
-        path = found[split]
-        with open(path, encoding="utf-8") as lines:
-            for line in lines:
-                record = json.loads(line)
-                picture = path.parent / "pictures" / f"{record['row']:05d}.jpg"
-                if picture.is_file():
-                    sound = media / record["audio"] / "audio.wav"
-                    yield _clip(record, picture.read_bytes(), mp3(sound) if sound.is_file() else None)
-
-
-def _clip(record: Mapping[str, Any], picture: bytes, audio: bytes | None) -> Clip:
-    return Clip(
-        split=record["split"],
-        row=record["row"],
-        kind=record["kind"],
-        reference=record["reference"],
-        class_name=record["class_name"],
-        answer_class=record["answer_class"],
-        text=record["reasoning"],
-        faithful=record["faithful"],
-        scores={name: record[name] for name in ("J", "F", "S") if name in record},
-        picture=picture,
-        audio=audio,
-    )
-
-
-def mp3(path: Path) -> bytes:
-    """A sound file as small mono MP3."""
-    wave, rate = soundfile.read(path, always_2d=True)
-    buffer = io.BytesIO()
-    soundfile.write(buffer, wave.mean(1), rate, format="MP3", subtype="MPEG_LAYER_III", compression_level=0.9)
-    return buffer.getvalue()
+def run_summary(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
+    """`stages` and `probes` of a report; a probe names the stage that it probes."""
+    plain = [e for e in evaluations if e.probe == "none"]
+    base = {e.checkpoint: e.name for e in reversed(plain)}
+    probes = {e.name: e for e in evaluations if e.probe != "none" and e.checkpoint in base}
+    return {
+        "stages": {e.name: stage_summary(e.folder) for e in plain},
+        "probes": {name: {"stage": base[e.checkpoint], **stage_summary(e.folder)} for name, e in probes.items()},
+    }
 
 
 def write_page(
@@ -104,21 +77,116 @@ def write_page(
     summary: Mapping[str, Any],
     runs: Sequence[tuple[str, Path]],
     evaluations: Sequence[Path],
-    media: Path,
+    media: Path | MediaSource | None,
 ) -> None:
-    """Write the report page of a summary.
+    """Write the report of a run: all evaluations beside the page, the named ones with their clips.
+
+    Args:
+        path: of the page, in the folder of the run.
+        title: its heading.
+        summary: see `report.Report`.
+        runs: (name, folder) of the training runs whose curves are drawn.
+        evaluations: folders of the evaluations whose clips are shown.
+        media: see `write_report`.
+    """
+    found = find_evaluations(path.parent)
+    shown = [e for e in found if e.folder in evaluations]
+    write_report(path, title, summary, found, runs, media, shown)
+
+
+def write_report(
+    path: Path,
+    title: str,
+    summary: Mapping[str, Any],
+    evaluations: Sequence[Evaluation],
+    runs: Sequence[tuple[str, Path]],
+    media: Path | MediaSource | None,
+    shown: Sequence[Evaluation],
+    compared: Sequence[tuple[Evaluation, Evaluation]] | None = None,
+    limit: int | None = None,
+    width: int = WIDTH,
+) -> None:
+    """Write a page and the files beside it.
 
     Args:
         path: of the page.
         title: its heading.
-        summary: see `report.render_page`.
-        runs: (name, folder) of the training runs whose curves are drawn.
-        evaluations: folders of the evaluations whose pictured rows are shown.
-        media: folder `media` of the data, for the sounds.
+        summary: see `report.Report`.
+        evaluations: that are broken down.
+        runs: (name, folder) of training runs whose curves are drawn and whose failure taxonomy is shown.
+        media: draws frames and masks of every row that is shown. A path (folder `media` of the data) gives the sounds
+            alone, None not even these; the pictures are then those that the evaluation drew (eval.pictures).
+        shown: evaluations whose clips are shown.
+        compared: (before, after); None = `report_runs.pairs`.
+        limit: at most this many rows are shown, evenly spread over splits and kinds; None = all.
+        width: of a frame in pixels.
+
+    Raises:
+        DataError: media or results are missing or contradict each other.
     """
-    clips = [clip for folder in evaluations for clip in report_clips(folder, media)]
-    charts = charts_of_runs([(name, folder / "metrics.jsonl") for name, folder in runs], CURVES)
-    write_bytes(path, render_page(title, summary, clips, charts).encode())
+    rows = _shown_rows(shown, None if isinstance(media, MediaSource) else path, limit)
+    drawn = _draw(path, media, shown, rows, width)
+    shares = {n: found.share for n, found in drawn.rows.items() if found.share > 0} if drawn else {}
+    sizes = size_names(shares)
+    table, failures = read_taxonomy([folder for _, folder in runs] + [path.parent])
+    strips = {(e.name, n): address for e in shown for n in rows if (address := _strip(e, n, path)) is not None}
+    chosen = pairs(evaluations) if compared is None else compared
+    comparisons = [found for before, after in chosen if (found := compare(before, after)) is not None]
+    report = Report(
+        title=title,
+        summary=summary,
+        breakdowns={e.name: break_down(list(e.rows.values()), sizes) for e in evaluations if e.probe == "none"},
+        comparisons=comparisons,
+        failures=table,
+        charts=charts_of_runs([(name, folder / "metrics.jsonl") for name, folder in runs], CURVES),
+        gallery=gallery_data(shown, rows, drawn, strips, sizes, failures),
+        mini=any(e.is_mini for e in evaluations),
+    )
+    write_bytes(path, render_page(report).encode())
+
+
+def read_taxonomy(folders: Iterable[Path]) -> tuple[list[dict[str, str]], dict[int, str]]:
+    """What scripts/analyze_failures.py left in one of the folders: lines of its table, and row -> type of failure."""
+    for folder in folders:
+        for path in sorted([*folder.glob("*.jsonl.csv"), *folder.glob("*/*.jsonl.csv")]):
+            with open(path, encoding="utf-8", newline="") as file:
+                lines = list(csv.DictReader(file))
+            if lines and {"type", "count", "paper_percent"} <= lines[0].keys():
+                labelled = path.with_suffix("").read_text(encoding="utf-8").splitlines()
+                records = [json.loads(text) for text in labelled if text.strip()]
+                return lines, {record["row"]: record["type"].replace("_", " ") for record in records}
+    return [], {}
+
+
+def _shown_rows(shown: Sequence[Evaluation], page: Path | None, limit: int | None) -> list[int]:
+    """Rows of the gallery; with a `page`, those alone that have a picture already."""
+    rows = {n: row for e in shown for n, row in e.rows.items() if page is None or _strip(e, n, page) is not None}
+    numbers = sorted(rows)
+    if limit is None:
+        return numbers
+    from utils.evaluation import spread  # imported late: it needs torch, which a report does not
+
+    return sorted(spread(numbers, [f"{rows[n].split} {rows[n].kind}" for n in numbers], limit))
+
+
+def _draw(
+    page: Path, media: Path | MediaSource | None, shown: Sequence[Evaluation], rows: Sequence[int], width: int
+) -> Drawn | None:
+    if media is None or not rows:
+        return None
+    if isinstance(media, MediaSource):
+        return draw_media(page, media, shown, rows, width)
+    heard = [e.rows[n].audio for e in shown for n in rows if n in e.rows]
+    paths = {clip: media / clip / "audio.wav" for clip in heard}
+    return draw_sounds(page, lambda clip: paths[clip] if paths[clip].is_file() else None, heard)
+
+
+def _strip(evaluation: Evaluation, row: int, page: Path) -> str | None:
+    """Address of the picture that an evaluation drew of a row."""
+    if row not in evaluation.rows:
+        return None
+    path = evaluation.folder / evaluation.rows[row].split / "pictures" / f"{row:05d}.jpg"
+    return quote(os.path.relpath(path, page.parent)) if path.is_file() else None
 
 
 def summary_table(summary: Mapping[str, Any]) -> str:
