@@ -85,7 +85,7 @@ def _sections(report: Report) -> list[tuple[str, str, str]]:
     summary = report.summary
     stages, probes = summary["stages"], summary.get("probes", {})
     compared = [comparison_block(c, i == 0) for i, c in enumerate(report.comparisons)]
-    paired = "One row against itself: both evaluations answered the same question. The last is looked up by its number."
+    paired = "Each row against itself, as both evaluations answered the same question. A row's number opens its clip."
     return [
         ("stages", "Stages", stage_tables(stages, report.mini) if stages else ""),
         ("paper", "The paper's Table 1", paper_table(stages, report.mini) if stages else ""),

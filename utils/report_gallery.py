@@ -74,7 +74,9 @@ def gallery_data(
         for name, row in said.items():
             item["said"][name] = _said(row, drawn, media.masks.get(name) if media else None, strips.get((name, number)))
         listed.append(item)
-    return {"runs": [e.name for e in evaluations], "columns": COLUMNS, "rows": listed}
+    plain = [e.name for e in evaluations if e.probe == "none"] or [e.name for e in evaluations]
+    chosen = plain[-1] if plain else ""
+    return {"runs": [e.name for e in evaluations], "run": chosen, "columns": COLUMNS, "rows": listed}
 
 
 def _said(row: PredictedRow, drawn: Drawn | None, masks: str | None, strip: str | None) -> dict[str, Any]:
@@ -102,7 +104,7 @@ def gallery_section(data: Mapping[str, Any]) -> str:
     for sign, code in (("<", "\\u003c"), (">", "\\u003e"), ("&", "\\u0026")):
         text = text.replace(sign, code)
     values = {name: sorted({row[key] for row in rows} - {""}) for name, key in _FIELDS.items()}
-    selects = [_select("run", "run", {name: name for name in data["runs"]})]
+    selects = [_select("run", "run", {name: name for name in data["runs"]}, data["run"])]
     if len(data["runs"]) > 1:
         selects.append(_select("beside", "beside", {"": "nothing", **{name: name for name in data["runs"]}}))
     for name, found in values.items():
@@ -129,6 +131,11 @@ protocol per_expression.</p>
 _FIELDS = {"split": "split", "kind": "kind", "class": "cls", "mask_size": "size", "failure": "failure"}
 
 
-def _select(name: str, label: str, options: Mapping[str, str]) -> str:
-    lines = "".join(f'<option value="{escape(value)}">{escape(title)}</option>' for value, title in options.items())
+def _select(name: str, label: str, options: Mapping[str, str], chosen: str | None = None) -> str:
+    """A drop-down list; the first option is chosen where no other is named."""
+    chosen = next(iter(options)) if chosen is None else chosen
+    lines = "".join(
+        f'<option value="{escape(value)}"{" selected" if value == chosen else ""}>{escape(title)}</option>'
+        for value, title in options.items()
+    )
     return f'<label>{escape(label)}<select name="{escape(name)}">{lines}</select></label>'

@@ -128,11 +128,10 @@ function card(row) {
   const player = sound(answer);
   if (player) pictures.append(player);
   const where = [row.split, row.kind, `target ${row.cls}`, row.size, row.failure && `failure: ${row.failure}`];
-  const text = make('div', 'text', make('h3', '', row.ref));
-  text.append(make('p', 'meta', `row ${row.row} · ` + where.filter(Boolean).join(' · ')));
-  text.append(opinion(row, value('run'), answer));
+  const meta = make('p', 'meta', `row ${row.row} · ` + where.filter(Boolean).join(' · '));
+  const text = make('div', 'text', opinion(row, value('run'), answer));
   if (other) text.append(opinion(row, value('beside'), other));
-  const article = make('article', other ? 'two' : '', pictures, text);
+  const article = make('article', '', make('header', '', make('h3', '', row.ref), meta), pictures, text);
   article.tabIndex = 0;
   article.setAttribute('aria-label', `row ${row.row}: ${row.ref}`);
   if (row.frames) {
@@ -195,9 +194,8 @@ function enlarge(row, start = 0) {
 function remember() {
   const state = new URLSearchParams();
   for (const [name, text] of new FormData(form)) if (name !== 'masks' && text) state.set(name, text);
-  for (const name of ['run', 'order']) {
-    const field = form.elements[name];
-    if (field && field.selectedIndex === 0) state.delete(name);
+  for (const field of form.querySelectorAll('select')) {
+    if (field.options[field.selectedIndex].defaultSelected) state.delete(field.name);
   }
   if (only !== null) state.set('row', only);
   const address = String(state);
@@ -209,7 +207,8 @@ function recall() {
   for (const [name, text] of state) {
     const field = form.elements[name];
     if (field && name !== 'masks') field.value = text;
-    if (field && field.tagName === 'SELECT' && field.selectedIndex < 0) field.selectedIndex = 0;
+    if (!field || field.tagName !== 'SELECT' || field.selectedIndex >= 0) continue;
+    field.value = [...field.options].find(option => option.defaultSelected).value;
   }
 }
 let wait = 0;

@@ -17,14 +17,15 @@ nav.top { position: sticky; top: 0; z-index: 2; background: var(--page); border-
   display: flex; gap: 1.1rem; overflow-x: auto; padding: .55rem 0; white-space: nowrap; }
 a { color: var(--accent); } nav.top a { text-decoration: none; }
 .scroll { overflow-x: auto; } :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+table { border-collapse: collapse; overflow-wrap: normal; font-variant-numeric: tabular-nums; font-size: .9rem; }
 td, tbody th { white-space: nowrap; } th { vertical-align: bottom; font-weight: 600; } tbody th { font-weight: 500; }
 th, td { padding: .25rem .55rem; text-align: right; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; } thead th { border-bottom-width: 2px; }
 tbody th { position: sticky; left: 0; background: var(--page); }
 tr.paper th, tr.paper td { color: var(--dim); font-style: italic; } tr.paper th { padding-left: 1.4rem; }
 tr.ours th, tr.ours td { background: color-mix(in srgb, var(--accent) 12%, var(--page)); }
-.wrap { display: inline-block; min-width: 16rem; max-width: 26rem; white-space: normal; text-align: left; }
+td.words { text-align: left; white-space: normal; max-width: 24rem; } thead th { text-align: right; }
+tr.groups th, tr.groups td { border-bottom: 0; text-align: center; padding-bottom: 0; color: var(--dim); }
 svg.bar { width: 90px; height: 12px; vertical-align: middle; } svg.bar .t { fill: var(--soft); }
 svg.bar .m { fill: var(--accent); opacity: .55; } svg.bar .w { stroke: var(--ink); stroke-width: 2; fill: none;
   vector-effect: non-scaling-stroke; }
@@ -48,8 +49,9 @@ button { padding: .25rem .9rem; border: 1px solid var(--line); border-radius: .3
 .keys { font-size: .9rem; } .keys dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem .9rem; }
 dd { margin: 0; } kbd { border: 1px solid var(--line); border-radius: .25rem; padding: 0 .35rem; }
 article { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 1.2rem; padding: 1rem;
-  margin: .8rem 0; background: var(--soft); border-radius: .6rem; scroll-margin-top: 3.2rem; }
-article h3 { margin: 0 0 .1rem; } article .meta { margin: 0 0 .5rem; } .said h4 { margin: .5rem 0 .2rem; }
+  margin: .8rem 0; background: var(--soft); border-radius: .6rem; row-gap: .6rem; scroll-margin-top: 3.2rem; }
+article header { grid-column: 1 / -1; } article h3 { margin: 0; } article .meta { margin: 0; }
+.said h4 { margin: 0 0 .2rem; } .said + .said { margin-top: 1rem; }
 .pictures { display: flex; flex-direction: column; gap: .45rem; } .pictures img { display: block; width: 100%; }
 .strip { position: relative; overflow: hidden; border-radius: .3rem; cursor: zoom-in; background: #000; }
 .strip img { position: absolute; inset: 0; width: 100%; height: 100%; }

@@ -5,6 +5,7 @@ Every text is escaped here; numbers are in percent.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -19,6 +20,7 @@ PROTOCOLS = {
     "per_expression": "native size, J at 0.5, every expression on its own",
 }
 METRICS = ("J", "F", "J&F")
+_NUMERIC = re.compile(r"[-+\d.,\[\]→ ]*")
 MINI_NOTE = "Mini world: synthetic clips. These numbers say nothing about Ref-AVS and do not compare with the paper's."
 
 
@@ -26,7 +28,13 @@ class Html(str):
     """Markup that is inserted as it is."""
 
 
-def table(label: str, header: Sequence[Cell], rows: Sequence[Sequence[Cell | Html]], marks: Sequence[str] = ()) -> str:
+def table(
+    label: str,
+    header: Sequence[Cell],
+    rows: Sequence[Sequence[Cell | Html]],
+    marks: Sequence[str] = (),
+    groups: Sequence[tuple[str, int]] = (),
+) -> str:
     """A table in a box that scrolls by itself.
 
     Args:
@@ -34,16 +42,22 @@ def table(label: str, header: Sequence[Cell], rows: Sequence[Sequence[Cell | Htm
         header: column titles.
         rows: cells; the first of each row is its heading.
         marks: class of each row, where not all are alike.
+        groups: (title, columns) of a line above the header.
     """
+    titles = "".join(
+        f'<th scope="colgroup" colspan="{span}">{escape(title)}</th>' if title else f'<td colspan="{span}"></td>'
+        for title, span in groups
+    )
     head = "".join(f'<th scope="col">{_cell(name)}</th>' for name in header)
+    above = f'<tr class="groups">{titles}</tr>' if groups else ""
     lines = []
     for i, row in enumerate(rows):
         mark = f' class="{escape(marks[i])}"' if marks and marks[i] else ""
-        cells = "".join(f"<td>{_cell(value)}</td>" for value in row[1:])
+        cells = "".join(f"<td{_side(value)}>{_cell(value)}</td>" for value in row[1:])
         lines.append(f'<tr{mark}><th scope="row">{_cell(row[0])}</th>{cells}</tr>')
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}"><table>'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+        f"<thead>{above}<tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
 
 
@@ -57,8 +71,8 @@ def stage_tables(stages: Mapping[str, Any], mini: bool) -> str:
 
 
 def _stage_table(stages: Mapping[str, Any], protocol: str, mini: bool) -> str:
-    header = ["stage", *[f"{title} {m}" for title in SPLITS.values() for m in METRICS], "null S"]
-    header += ["class accuracy", "faithful", "rows"]
+    header = ["stage", *METRICS * len(SPLITS), "S", "class accuracy", "faithful", "rows"]
+    groups = [("", 1), *((title, len(METRICS)) for title in SPLITS.values()), ("null", 1), ("", 3)]
     rows: list[list[Cell]] = []
     marks = []
     for name, stage in stages.items():
@@ -78,7 +92,7 @@ def _stage_table(stages: Mapping[str, Any], protocol: str, mini: bool) -> str:
         words += f" {', '.join(given)}: reads the true class instead of answering, as when it teaches."
     if mini and "paper" in marks:
         words += f" {MINI_NOTE}"
-    return table(f"Scores of the stages, protocol {protocol}", header, rows, marks) + note(words)
+    return table(f"Scores of the stages, protocol {protocol}", header, rows, marks, groups) + note(words)
 
 
 def paper_table(stages: Mapping[str, Any], mini: bool) -> str:
@@ -93,10 +107,11 @@ def paper_table(stages: Mapping[str, Any], mini: bool) -> str:
         if any(cell is not None for cell in cells):
             rows.append([name, "this report" + (", mini world" if mini else ""), *cells])
             marks.append("ours")
-    header = ["method", "kind", *[f"{title} {m}" for title in SPLITS.values() for m in METRICS]]
+    header = ["method", "kind", *METRICS * len(SPLITS)]
+    groups = [("", 2), *((title, len(METRICS)) for title in SPLITS.values())]
     words = "Table 1 of the paper as printed (Mix J&F of CRAB and AURORA do not follow from their neighbours there). "
     words += "Our rows: protocol official. " + (MINI_NOTE if mini else "")
-    return table("Table 1 of the paper and this report", header, rows, marks) + note(words)
+    return table("Table 1 of the paper and this report", header, rows, marks, groups) + note(words)
 
 
 def _published(line: Published) -> list[Cell]:
@@ -128,8 +143,9 @@ def _dimension_table(title: str, found: Mapping[str, Dimension]) -> str:
     names = dict.fromkeys(group.name for d in found.values() for group in d.groups)
     metrics = dict.fromkeys(m for d in found.values() for group in d.groups for m in group.scores)
     header: list[Cell] = [title.lower()]
-    for name in found:
-        header += [f"{name}: rows", *metrics, "95 % interval", Html("&nbsp;"), "class"]
+    for _ in found:
+        header += ["rows", *metrics, "95 % interval", Html("&nbsp;"), "class"]
+    groups_above = [("", 1), *((name, len(metrics) + 4) for name in found)]
     rows: list[list[Cell | Html]] = []
     for group_name in names:
         row: list[Cell | Html] = [group_name]
@@ -142,7 +158,7 @@ def _dimension_table(title: str, found: Mapping[str, Dimension]) -> str:
             means = [f"{group.scores[m].mean:.1f}" for m in metrics]
             row += [last.rows, *means, _interval(last), _bar(last), f"{group.class_accuracy:.1f}"]
         rows.append(row)
-    return table(f"Scores by {title.lower()}", header, rows)
+    return table(f"Scores by {title.lower()}", header, rows, (), groups_above)
 
 
 def probe_table(stages: Mapping[str, Any], probes: Mapping[str, Any]) -> str:
@@ -200,7 +216,7 @@ def _change_table(label: str, comparison: Comparison, changes: Sequence[Change])
         link = Html(f'<a class="show" href="{address}" {data}>{after.row}</a>')
         answers = f"{before.answer_class or 'none'} → {after.answer_class or 'none'}"
         scores = f"{before.jf:.1f} → {after.jf:.1f}"
-        rows.append([link, Html(f'<span class="wrap">{escape(after.reference)}</span>'), after.kind, after.class_name,
+        rows.append([link, after.reference, after.kind, after.class_name,
                      answers, scores, f"{change.points:+.1f}"])
     return table(label, header, rows)
 
@@ -254,6 +270,12 @@ def _bar(estimate: Estimate) -> Html:
         f'<rect class="t" width="100" height="12"/><rect class="m" y="3" width="{estimate.mean:.1f}" height="6"/>'
         f"{whisker}</svg>"
     )
+
+
+def _side(value: Cell | Html) -> str:
+    """Words stand to the left, numbers to the right."""
+    wordy = isinstance(value, str) and not isinstance(value, Html) and not _NUMERIC.fullmatch(value)
+    return ' class="words"' if wordy else ""
 
 
 def _cell(value: Cell | Html) -> str:
