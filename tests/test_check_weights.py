@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from model.videollama2.weights import load_backbone
 from scripts.check_weights import main
 from tests.conftest import TINY
 from tests.data_builders import write_tokenizer
+from tests.tiny_run import ROOT, environment
 from utils.errors import WeightsError
 from utils.tensor_files import TensorFileError
 
@@ -55,6 +59,17 @@ def test_the_7b_model_on_meta(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"^all +1156 +0 +0 +0 +0 +8,527,095,391$", text, re.MULTILINE)
     assert re.search(r"^vision tower +448 .* 428,225,600$", text, re.MULTILINE)
     assert "everything fits" in text
+
+
+def test_the_7b_model_on_meta_takes_seconds_and_little_memory() -> None:
+    """A process of its own: under 60 s of processor time and 4 GB, whatever else the machine does."""
+    command = [sys.executable, "scripts/check_weights.py", "--meta"]
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL) as process:
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert used.ru_utime + used.ru_stime < 60
+    assert used.ru_maxrss * 1024 < 4e9
 
 
 def test_a_whole_folder_and_sam_fit(folder: Path, sam: tuple, capsys: pytest.CaptureFixture[str]) -> None:

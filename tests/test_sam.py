@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from segment_anything.modeling import ImageEncoderViT
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -206,6 +209,27 @@ def test_checkpoint_of_another_image_size(suffix: str, tmp_path: Path) -> None:
     assert small.encode(torch.randn(1, 1, 3, 32, 32)).isfinite().all()
 
 
+def test_a_checkpoint_at_1024_is_taken_as_it_is(tmp_path: Path) -> None:
+    """At the size it was made for nothing is resampled, and the encoder is the package's own."""
+    sizes = replace(SIZES, encoder_depth=1, global_blocks=())  # windows alone: 64 x 64 patches are cheap
+    sizes.to_json(tmp_path / "sizes.json")
+    torch.manual_seed(0)
+    stock = ImageEncoderViT(
+        depth=1, embed_dim=32, img_size=1024, mlp_ratio=4, norm_layer=partial(nn.LayerNorm, eps=1e-6), num_heads=2,
+        patch_size=16, qkv_bias=True, use_rel_pos=True, global_attn_indexes=(), window_size=14, out_chans=64,
+    ).eval()  # fmt: skip
+    nn.init.normal_(stock.pos_embed, std=0.2)
+    state = assemble_sam(sizes, 1024).state_dict()
+    state |= {f"image_encoder.{name}": tensor for name, tensor in stock.state_dict().items()}
+    torch.save(state, tmp_path / "sam.pth")
+    segmenter = build_segmenter(str(tmp_path / "sizes.json"), 1024, tmp_path / "sam.pth")
+    for name, tensor in segmenter.sam.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    pixels = torch.randn(1, 1, 3, 1024, 1024)
+    with torch.no_grad():
+        torch.testing.assert_close(segmenter.encode(pixels)[0], stock(pixels[0]), atol=2e-5, rtol=0)
+
+
 def test_a_checkpoint_that_does_not_fit_names_every_key(tmp_path: Path) -> None:
     TINY.to_json(tmp_path / "tiny.json")
     state = tiny().sam.state_dict()
@@ -243,9 +267,12 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
         build_segmenter(str(tmp_path / "tiny.json"), 32, tmp_path / "code.pth")
 
 
-@pytest.mark.parametrize(("name", "keys", "values"), [("vit_b", 314, 93_735_472), ("vit_h", 594, 641_090_608)])
+@pytest.mark.parametrize(
+    ("name", "keys", "values"),
+    [("vit_b", 314, 93_735_472), ("vit_l", 482, 312_342_832), ("vit_h", 594, 641_090_608)],
+)
 def test_released_sizes(name: str, keys: int, values: int) -> None:
-    """Numbers of the released files: 93.7 M and 641 M parameters at 1024 pixels."""
+    """Numbers of the released files: 93.7 M, 312 M and 641 M parameters at 1024 pixels."""
     with torch.device("meta"):
         sam = assemble_sam(SAM_SIZES[name], 1024)
     assert sum(p.numel() for p in sam.parameters()) == values

@@ -262,7 +262,7 @@ def _answer_mask(attention: str, known: Tensor, length: int, dtype: torch.dtype)
     before = known[:, None, None].expand(-1, 1, length, -1)
     own = torch.ones(length, length, dtype=torch.bool, device=known.device).tril()
     seen = torch.cat([before, own.expand(len(known), 1, -1, -1)], dim=-1)  # [R,1,L,P+L]
-    if bool(known.all()):
+    if known.is_meta or bool(known.all()):  # a plan's rows have no padding
         seen = seen[:1]
     if attention == "sdpa":
         return seen
