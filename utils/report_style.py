@@ -24,7 +24,7 @@ th:first-child, td:first-child { text-align: left; } thead th { border-bottom-wi
 tbody th { position: sticky; left: 0; background: var(--page); }
 tr.paper th, tr.paper td { color: var(--dim); font-style: italic; } tr.paper th { padding-left: 1.4rem; }
 tr.ours th, tr.ours td { background: color-mix(in srgb, var(--accent) 12%, var(--page)); }
-td.words { text-align: left; white-space: normal; max-width: 24rem; } thead th { text-align: right; }
+td.words, thead th.words { text-align: left; white-space: normal; max-width: 24rem; }
 tr.groups th, tr.groups td { border-bottom: 0; text-align: center; padding-bottom: 0; color: var(--dim); }
 svg.bar { width: 90px; height: 12px; vertical-align: middle; } svg.bar .t { fill: var(--soft); }
 svg.bar .m { fill: var(--accent); opacity: .55; } svg.bar .w { stroke: var(--ink); stroke-width: 2; fill: none;

@@ -20,6 +20,7 @@ PROTOCOLS = {
     "per_expression": "native size, J at 0.5, every expression on its own",
 }
 METRICS = ("J", "F", "J&F")
+WORDS = ' class="words"'
 _NUMERIC = re.compile(r"[-+\d.,\[\]→ ]*")
 MINI_NOTE = "Mini world: synthetic clips. These numbers say nothing about Ref-AVS and do not compare with the paper's."
 
@@ -48,7 +49,10 @@ def table(
         f'<th scope="colgroup" colspan="{span}">{escape(title)}</th>' if title else f'<td colspan="{span}"></td>'
         for title, span in groups
     )
-    head = "".join(f'<th scope="col">{_cell(name)}</th>' for name in header)
+    wordy = {i for row in rows for i, value in enumerate(row) if i and _side(value)}
+    head = "".join(
+        f'<th scope="col"{WORDS if i in wordy else ""}>{_cell(name)}</th>' for i, name in enumerate(header)
+    )
     above = f'<tr class="groups">{titles}</tr>' if groups else ""
     lines = []
     for i, row in enumerate(rows):
@@ -275,7 +279,7 @@ def _bar(estimate: Estimate) -> Html:
 def _side(value: Cell | Html) -> str:
     """Words stand to the left, numbers to the right."""
     wordy = isinstance(value, str) and not isinstance(value, Html) and not _NUMERIC.fullmatch(value)
-    return ' class="words"' if wordy else ""
+    return WORDS if wordy else ""
 
 
 def _cell(value: Cell | Html) -> str:
