@@ -94,9 +94,7 @@ def frame_indexes(total: int, count: int) -> list[int]:
     return [round(segment * (k + 0.5) + 1e-6) for k in range(count)]
 
 
-def read_frames(
-    folder: Path | ImageFolder, count: int | None = None, max_pixels: int | None = None
-) -> np.ndarray:
+def read_frames(folder: Path | ImageFolder, count: int | None = None, max_pixels: int | None = None) -> np.ndarray:
     """Frames of a clip in numeric order.
 
     Args:
@@ -116,7 +114,7 @@ def read_frames(
             paths = [paths[i] for i in frame_indexes(len(paths), count)]
         except DataError as error:
             raise DataError(f"{folder}: {error}") from error
-    frames = [_read_image(path, cv2.IMREAD_COLOR, max_pixels) for path in paths]
+    frames = [read_image(path, cv2.IMREAD_COLOR, max_pixels) for path in paths]
     for path, frame in zip(paths, frames, strict=True):
         if frame.shape != frames[0].shape:
             raise DataError(
@@ -162,7 +160,7 @@ def read_masks(
         )
     masks = []
     for index in range(count) if indexes is None else indexes:
-        image = _read_image(paths[index], cv2.IMREAD_GRAYSCALE, max_pixels)
+        image = read_image(paths[index], cv2.IMREAD_GRAYSCALE, max_pixels)
         if image.shape != tuple(size):
             raise DataError(
                 f"{paths[index]}: {image.shape[1]}x{image.shape[0]} pixels, but the frame has {size[1]}x{size[0]}; "
@@ -281,8 +279,11 @@ def _header_size(path: Path, data: bytes) -> tuple[int, int]:
     return height, width
 
 
-def _read_image(path: Path, mode: int, max_pixels: int | None) -> np.ndarray:
-    """uint8 [H,W,3] BGR or [H,W]; the orientation tag is ignored, as masks are drawn on the stored pixels."""
+def read_image(path: Path, mode: int, max_pixels: int | None) -> np.ndarray:
+    """One image as opencv's `mode` reads it, uint8 [H,W,3] BGR or [H,W] (uint16 where the mode keeps the depth).
+
+    The orientation tag is ignored, as masks are drawn on the stored pixels. Raises DataError for a broken file.
+    """
     data = _read_bytes(path)
     height, width = _header_size(path, data)
     if max_pixels is not None and height * width > max_pixels:

@@ -42,6 +42,9 @@ TABLE_1 = (
 )
 """Table 1: methods on Ref-AVS."""
 
+TABLE_6 = {"CRAB (Du et al. 2025)": (73.3, 86.8), "AURORA (paper)": (77.3, 86.7)}
+"""Table 6: method -> (J, F) in percent on AVSBench S4's test split, protocol of AVSBench."""
+
 STAGES = {
     "plain": _line("SFT without reasoning", "Table 2", 54.1, 64.0, 59.1, 64.2, 71.9, 68.1),
     "sft": _line("SFT with reasoning and distillation", "Tables 2, 3", 61.4, 70.6, 66.0, 67.1, 73.4, 70.3),
