@@ -18,7 +18,8 @@ nav.top { position: sticky; top: 0; z-index: 2; background: var(--page); border-
 a { color: var(--accent); } nav.top a { text-decoration: none; }
 .scroll { overflow-x: auto; } :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
 table { border-collapse: collapse; overflow-wrap: normal; font-variant-numeric: tabular-nums; font-size: .9rem; }
-td, tbody th { white-space: nowrap; } th { vertical-align: bottom; font-weight: 600; } tbody th { font-weight: 500; }
+td, tbody th { white-space: nowrap; } th { font-weight: 600; } thead th { vertical-align: bottom; }
+tbody th, tbody td { vertical-align: top; } tbody th { font-weight: 500; }
 th, td { padding: .25rem .55rem; text-align: right; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; } thead th { border-bottom-width: 2px; }
 tbody th { position: sticky; left: 0; background: var(--page); }
@@ -77,6 +78,7 @@ dialog h3 { margin: 0; } .views { display: flex; flex-wrap: wrap; gap: .8rem; ma
 .inner { position: relative; } .inner img { display: block; width: 100%; } .inner .mask { position: absolute; inset: 0;
   height: 100%; } .slide { display: flex; gap: .8rem; align-items: center; } .slide input { flex: 1; }
 @media (max-width: 820px) { article { grid-template-columns: minmax(0, 1fr); padding: .7rem; }
-  body { padding: 0 .7rem 3rem; } .filters label { flex: 1 1 7rem; } tbody th { position: static; } }
+  body { padding: 0 .7rem 3rem; } .filters label { flex: 1 1 7rem; } tbody th { position: static; white-space: normal;
+  min-width: 7rem; max-width: 12rem; } td.words { min-width: 9rem; } thead th { white-space: nowrap; } }
 @media print { nav.top, .filters, #more, audio, .enlarge { display: none; } }
 """
