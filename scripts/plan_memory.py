@@ -89,7 +89,7 @@ class Planner:
             lambda overrides: self.plan((*extra, *overrides)),
         )
         texts = [text for change in remedy.changes for text in change.overrides]
-        return Row(plan, " ".join(texts) or f"plan {self.path} engine.zero_stage={zero} by itself")
+        return Row(plan, " ".join(texts) or f"more than the engine: --config {self.path} {' '.join(extra)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -134,6 +134,8 @@ def run(options: argparse.Namespace) -> int:
         print(markdown(grid, own))
     else:
         print(grid_text(grid))
+        if options.overrides and len(grid) > 1:
+            print(f"(the overrides stand for {config.stage} alone; the other stages are those of their files)")
     result["stages"] = {
         stage: {zero: row.plan and plan_json(row.plan) for zero, row in rows.items()} for stage, rows in grid.items()
     }
@@ -195,7 +197,7 @@ def changes(config: RunConfig, gpus: int) -> Iterator[Change]:
         yield Change(("grpo.group_size=2",), "a group of 2: noisier advantages")
     if trains and e.zero_stage < 3 and gpus > 1:
         yield Change(("engine.zero_stage=3", "log.samples_every=0"), "weights are gathered layer by layer: slower")
-    if trains and not e.offload and e.zero_stage > 0:
+    if trains and not e.offload:  # refused at ZeRO 0, allowed beside a higher stage
         yield Change(("engine.offload=true",), "optimiser on the CPU: slow steps, as published")
 
 

@@ -175,6 +175,22 @@ def test_the_cheapest_change_that_fits_is_found() -> None:
     assert cheapest(changes, plan_with).plan is None
 
 
+def test_changes_that_are_not_needed_are_left_out() -> None:
+    """No field twice, nothing that does not help, nothing that a dearer change makes needless."""
+    stages, cuts = {"2": 100, "1": 98, "0": 110, "3": 70}, {"small=1": 5, "mask=1": 12}
+
+    def plan_with(overrides: tuple[str, ...]) -> Plan | None:
+        zero = [text[-1] for text in overrides if text.startswith("zero=")]
+        assert len(zero) < 2, overrides
+        offload = 20 if "offload=1" in overrides else 0
+        return plan_of(stages[(zero or "2")[0]] - sum(cuts.get(text, 0) for text in overrides) - offload, 45)
+
+    names = ("zero=1", "zero=0", "small=1", "mask=1", "zero=3", "offload=1")
+    remedy = cheapest([Change((name,), "") for name in names], plan_with)
+    assert [change.overrides[0] for change in remedy.changes] == ["small=1", "zero=3", "offload=1"]
+    assert remedy.plan is not None and remedy.plan.total == 45
+
+
 def test_tables_of_a_plan_made_by_hand() -> None:
     """Each part at its own height; totals with and without checkpointing; ! beyond the limit; - where refused."""
     back = Phase("forward and backward", 3 * 10**9, 10**9, backward=True, most_logits=2 * 10**9)
@@ -193,7 +209,9 @@ def test_tables_of_a_plan_made_by_hand() -> None:
     grid = {"teacher": {0: Row(plan), 3: Row(None)}}
     cells = ["8.00", "2.00", "12.00", "0.00", "3.00", "9.00", "2.00", "0.00", "0.00", "8.00", "31.00", "33.00!"]
     assert re.search("^teacher +0 +" + " +".join(cells) + "$", grid_text(grid), re.MULTILINE)
-    assert "fits with" in grid_text({"teacher": {0: Row(plan, "engine.zero_stage=2")}})
+    assert "fits with" not in grid_text(grid)
+    text = grid_text({"teacher": {0: Row(plan, "engine.zero_stage=2")}})
+    assert text.endswith("\nteacher at ZeRO 0 fits with engine.zero_stage=2")
     rows = markdown(grid, {"teacher": ("configs/teacher.yaml", 0)}).splitlines()
     assert rows[2] == "| `configs/teacher.yaml` | 0 | " + " | ".join(cells) + " |"
     assert rows[-1] == "| teacher | 3 | " + " | ".join("-" * len(cells)) + " |"

@@ -137,6 +137,11 @@ class Change:
     """As on a command line."""
     cost: str
 
+    @property
+    def fields(self) -> frozenset[str]:
+        """Names of what it sets."""
+        return frozenset(text.partition("=")[0] for text in self.overrides)
+
 
 @dataclass(frozen=True)
 class Remedy:
@@ -220,23 +225,41 @@ def make_plan(
 
 
 def cheapest(changes: Iterable[Change], plan_with: Callable[[tuple[str, ...]], Plan | None]) -> Remedy:
-    """The first single change that makes the plan fit; else the first changes together, added in order.
+    """The first single change that makes the plan fit; else several, none of which could be left out.
+
+    Several are gathered in order, each in the place of an earlier one that sets the same field, as long as the total
+    does not rise; then those that turn out not to be needed are dropped, the dearest first.
 
     Args:
         changes: the cheapest first.
         plan_with: overrides -> plan, or None where they are not allowed.
     """
     changes, tried = list(changes), 0
+
+    def attempt(parts: Sequence[Change]) -> Plan | None:
+        nonlocal tried
+        tried += 1
+        return plan_with(tuple(text for change in parts for text in change.overrides))
+
     for change in changes:
-        plan, tried = plan_with(change.overrides), tried + 1
+        plan = attempt([change])
         if plan is not None and plan.fits:
             return Remedy((change,), plan, tried)
     taken: list[Change] = []
+    best = plan_with(())
     for change in changes:
-        plan, tried = plan_with(tuple(text for c in (*taken, change) for text in c.overrides)), tried + 1
-        if plan is None:
+        parts = [*(c for c in taken if not c.fields & change.fields), change]
+        plan = attempt(parts)
+        if plan is None or (best is not None and plan.total > best.total):
             continue
-        taken.append(change)
+        taken, best = parts, plan
         if plan.fits:
-            return Remedy(tuple(taken), plan, tried)
-    return Remedy(tried=tried)
+            break
+    if not taken or best is None or not best.fits:
+        return Remedy(tried=tried)
+    for change in reversed(taken[:-1]):
+        parts = [c for c in taken if c is not change]
+        plan = attempt(parts)
+        if plan is not None and plan.fits:
+            taken, best = parts, plan
+    return Remedy(tuple(taken), best, tried)

@@ -26,6 +26,7 @@ class Row:
     plan: Plan | None
     """None = the configuration refuses such a run."""
     remedy: str = ""
+    """Overrides, where it does not fit."""
 
 
 Grid = Mapping[str, Mapping[int, Row]]
@@ -79,15 +80,12 @@ def remedy_text(remedy: Remedy, plan: Plan) -> str:
 
 
 def grid_text(grid: Grid) -> str:
-    """Every part of every stage at every ZeRO stage, and the cheapest change where it does not fit."""
-    rows = [
-        [stage if zero in (0, min(plans)) else "", str(zero), *_cells(row.plan), row.remedy]
-        for stage, plans in grid.items()
-        for zero, row in plans.items()
-    ]
-    if not any(row[-1] for row in rows):
-        return f"{NOTE}\n{format_table(['stage', 'ZeRO', *GRID], [row[:-1] for row in rows])}"
-    return f"{NOTE}\n{format_table(['stage', 'ZeRO', *GRID, 'fits with'], rows)}"
+    """Every part of every stage at every ZeRO stage; below, the cheapest change of each that does not fit."""
+    named = [(stage, zero, row) for stage, plans in grid.items() for zero, row in plans.items()]
+    rows = [[stage if zero == min(grid[stage]) else "", str(zero), *_cells(row.plan)] for stage, zero, row in named]
+    lines = [NOTE, format_table(["stage", "ZeRO", *GRID], rows)]
+    lines += [f"{stage} at ZeRO {zero} fits with {row.remedy}" for stage, zero, row in named if row.remedy]
+    return "\n".join(lines)
 
 
 def markdown(grid: Grid, own: Mapping[str, tuple[str, int]]) -> str:
