@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -112,9 +113,11 @@ def test_a_killed_pipeline_takes_its_command_along(project):
         pass
 
 
-def evaluation(folder, split, kind="visual", **fields):
-    samples = [make_sample(row, kind=kind, split=split, **fields) for row in range(8)]
-    task = SplitTask(folder / split, split, tuple(range(8)), ("official", "per_expression"), 4, pictures=frozenset({1}))
+def evaluation(folder, split, first, kind="visual", **fields):
+    rows = tuple(range(first, first + 8))
+    samples = [make_sample(row, kind=kind, split=split, **fields) for row in rows]
+    pictures = frozenset({first + 1})
+    task = SplitTask(folder / split, split, rows, ("official", "per_expression"), 4, pictures=pictures)
 
     def load(positions):
         for start in range(0, len(positions), 4):
@@ -126,8 +129,8 @@ def evaluation(folder, split, kind="visual", **fields):
 
 def test_summary_and_page_of_an_evaluation(tmp_path):
     folder = tmp_path / "eval"
-    seen, unseen = evaluation(folder, "test_s"), evaluation(folder, "test_u", frames=3)
-    null = evaluation(folder, "test_n", class_name="null", empty=True)
+    seen, unseen = evaluation(folder, "test_s", 0), evaluation(folder, "test_u", 8, frames=3)
+    null = evaluation(folder, "test_n", 16, class_name="null", empty=True)
     found = stage_summary(folder)
     assert found["test_s"]["J"] == seen["official"]["J"] and found["test_s"]["n"] == 8
     assert found["test_u"]["per_expression"]["F"] == unseen["per_expression"]["F"]
@@ -143,5 +146,7 @@ def test_summary_and_page_of_an_evaluation(tmp_path):
     (tmp_path / "sft/metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
     write_page(tmp_path / "index.html", "t", summary, [("sft", tmp_path / "sft")], [folder], tmp_path / "media")
     page = (tmp_path / "index.html").read_text()
-    assert page.count("<article") == 3 and page.count("<svg") == 1
-    assert page.index("test_s / visual") < page.index("test_u / visual") < page.index("test_n / visual")
+    data = json.loads(re.search(r'id="gallery">(.*?)</script>', page, re.S)[1])
+    assert [(row["row"], row["split"]) for row in data["rows"]] == [(1, "test_s"), (9, "test_u"), (17, "test_n")]
+    assert data["rows"][2]["said"]["eval"]["strip"] == "eval/test_n/pictures/00017.jpg"
+    assert page.count("<figure><svg") == 1 and "Probes by question kind" in page

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import io
 import json
 import re
 from html.parser import HTMLParser
+from urllib.parse import unquote
 
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
+from scripts.report import main as report_command
+from tests.report_case import EVIL, make_world, write_run
 from utils.curves import Chart, Series, charts_of_runs, read_scalars, smooth, svg
-from utils.report import Clip, render_page, sentences
+from utils.report import Report, render_page
+from utils.report_media import mask_layer, sprite
 from utils.tables import format_table, mix_scores, split_table
 from utils.visualize import PREDICTION, TRUTH, jpeg, overlay, save_masks, strip
-
-EVIL = "<script>alert('x')</script> & \"quotes\" <img src=x onerror=alert(1)>"
 
 
 def scores(value, n=8):
@@ -27,20 +33,12 @@ def summary():
     stage = {
         "test_s": {**scores(80.0), "per_expression": scores(81.0)}, "test_u": scores(62.0), "mix": scores(71.0),
         "test_n": {"S": 7.25, "n": 4, "per_expression": {"S": 6.5, "n": 4}}, "kinds": kinds, "class_accuracy": 91.5,
-        "faithful": 44.0,
+        "faithful": 44.0, "stage": "sft", "answer": "reasoning",
     }
     probe = {"stage": "sft", "test_s": scores(50.0), "kinds": {"visual": scores(69.0), EVIL: scores(20.0)}}
     teacher = {"test_s": scores(85.0), "answers": "given"}
     return {"stages": {"teacher": teacher, "sft": stage}, "probes": {"shuffle_audio": probe},
             "seconds": {"train sft": 12.5}, "config": EVIL, "git": "abc"}
-
-
-def clip(row=0, **changes):
-    picture = jpeg(np.full((12, 20, 3), 90, np.uint8))
-    values = dict(split="test_s", row=row, kind="visual", reference=EVIL, class_name="cat", answer_class="dog",
-                  text=f"I see it. {EVIL}! The target is the dog. It is [SEG].", faithful=False,
-                  scores={"J": 12.0, "F": 34.5}, picture=picture, audio=b"ID3")
-    return Clip(**{**values, **changes})
 
 
 def charts():
@@ -50,7 +48,7 @@ def charts():
 class Reader(HTMLParser):
     """Collects tags, addresses and text of a page, and checks that elements are closed in order."""
 
-    VOID = {"meta", "img", "line", "polyline", "br"}
+    VOID = {"meta", "img", "line", "polyline", "br", "input", "rect", "path"}
 
     def __init__(self):
         super().__init__()
@@ -73,46 +71,144 @@ class Reader(HTMLParser):
         self.text.append(data)
 
 
-def read_page(*arguments):
+def read_page(page):
     reader = Reader()
-    reader.feed(render_page(*arguments))
+    reader.feed(page)
     assert reader.open == []
     return reader
 
 
-def test_text_never_becomes_markup():
-    reader = read_page(EVIL, summary(), [clip(), clip(1, kind=EVIL, class_name=EVIL, answer_class=EVIL)], charts())
-    assert reader.tags.count("script") == 1 and reader.tags.count("img") == 2
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with hostile texts and the page that scripts/report.py makes of it."""
+    folder = tmp_path_factory.mktemp("report")
+    write_run(folder / "run", make_world(folder / "data"))
+    assert report_command([str(folder / "run"), "--title", EVIL]) == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def page(run):
+    return (run / "report.html").read_text(encoding="utf-8")
+
+
+def gallery(page):
+    return json.loads(re.search(r'<script type="application/json" id="gallery">(.*?)</script>', page, re.S)[1])
+
+
+def test_text_never_becomes_markup(page):
+    reader = read_page(page)
+    assert reader.tags.count("script") == 2 and "img" not in reader.tags  # the data and the page's own script
     assert "alert('x')" in " ".join(reader.text)  # shown, as text
+    row = next(row for row in gallery(page)["rows"] if row["row"] == 1)
+    assert "".join(text for _, text in row["said"]["sft"]["steps"]) == EVIL
 
 
-def test_page_asks_for_nothing_outside_itself():
-    reader = read_page("t", summary(), [clip()], charts())
-    assert reader.addresses and all(address.startswith("data:") for address in reader.addresses)
-    page = render_page("t", summary(), [clip()], charts())
-    assert not re.search(r"https?://|@import|url\(", page)
-    assert "default-src 'none'" in page
+def test_hostile_texts_of_the_summary_are_shown_as_text():
+    reader = read_page(render_page(Report(EVIL, summary(), charts=charts(), mini=True)))
+    assert not {"script", "img"} & set(reader.tags) and "alert('x')" in " ".join(reader.text)
 
 
-def test_page_holds_scores_probes_curves_clips_and_sentences():
-    reader = read_page("Mini run", summary(), [clip(row) for row in range(13)], charts())
-    text = " ".join(reader.text)
-    for wanted in ("80.00", "7.25", "81.00", "91.50", "-30.00", "-40.00", "12.50", "class wrong", "unfaithful",
-                   "teacher: reads the true class"):
+def test_no_script_but_its_own_may_run(page):
+    script = re.search(r"<script>(.*?)</script>", page, re.S)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}';" in page and "default-src 'none'" in page
+    assert not re.search(r"https?://|@import|url\(|innerHTML|eval\(", page)
+
+
+def test_page_asks_for_nothing_outside_its_folder(run, page):
+    data = gallery(page)
+    addresses = read_page(page).addresses
+    for row in data["rows"]:
+        addresses += [row["frames"], row["truth"], *(v for s in row["said"].values() for k, v in s.items()
+                                                     if k in ("masks", "sound"))]
+    for address in addresses:
+        assert address.startswith(("#", "report_files/")), address
+        assert address.startswith("#") or (run / unquote(address)).is_file(), address
+
+
+def test_page_holds_every_part(page):
+    text = " ".join(read_page(page).text)
+    for wanted in ("AURORA (paper)", "SFT with reasoning and distillation", "Question kind", "Class",
+                   "Null references", "sft against teacher", "Largest gains", "Largest losses", "Perceptual Failure",
+                   "teacher", "sft_zero", "audio perception"):
         assert wanted in text, wanted
-    assert reader.tags.count("article") == 13 and reader.tags.count("svg") == 1
-    assert reader.tags.count("audio") == 13
+    data = gallery(page)
+    assert [row["row"] for row in data["rows"]] == list(range(9)) and data["run"] == "sft"
+    first = data["rows"][0]
+    assert [step for step, _ in first["said"]["sft"]["steps"]] == ["video", "audio", "reference", "answer"]
+    assert first["n"] == 10 and first["hw"] == [48, 64] and data["rows"][1]["failure"] == "audio perception"
+    assert first["said"]["sft"]["sound"] == "report_files/sound/clip0_0_10000.mp3"
+    probed = first["said"]["sft_zero"]
+    assert "sound" not in probed and probed["note"] == "Probe: the model heard 0#silent."
+
+
+def test_scores_stand_under_their_protocol_and_beside_the_paper():
+    text = " ".join(read_page(render_page(Report("t", summary()))).text)
+    for wanted in ("80.00", "7.25", "81.00", "91.50", "-30.00", "-40.00", "12.50", "66.0", "teacher: reads the true"):
+        assert wanted in text, wanted
+
+
+def test_mini_world_is_never_put_beside_the_paper_without_a_word():
+    assert "Mini world: synthetic" not in render_page(Report("t", summary()))
+    assert render_page(Report("t", summary(), mini=True)).count("Mini world: synthetic") >= 3
 
 
 def test_page_without_probes_clips_or_curves():
-    reader = read_page("t", {"stages": {"sft": {"test_s": scores(1.0)}}}, [], [])
-    assert "article" not in reader.tags and "svg" not in reader.tags
+    reader = read_page(render_page(Report("t", {"stages": {"sft": {"test_s": scores(1.0)}}})))
+    assert not {"article", "svg", "script", "form"} & set(reader.tags)
 
 
-def test_sentences():
-    assert sentences("I see a cat. It is loud! The target is the cat. It is [SEG].") == [
-        "I see a cat.", "It is loud!", "The target is the cat.", "It is [SEG]."]
-    assert sentences("  ") == []
+def test_without_media_the_evaluations_own_pictures_are_shown(run, tmp_path):
+    picture = run / "eval_sft/test_s/pictures/00001.jpg"
+    picture.parent.mkdir()
+    picture.write_bytes(jpeg(np.full((12, 20, 3), 90, np.uint8)))
+    assert report_command([str(run), "--no-media", "--out", str(tmp_path / "p.html")]) == 0
+    rows = gallery((tmp_path / "p.html").read_text(encoding="utf-8"))["rows"]
+    assert [row["row"] for row in rows] == [1]
+    assert (tmp_path / unquote(rows[0]["said"]["sft"]["strip"])).resolve() == picture
+
+
+def test_a_limit_spreads_clips_and_a_comparison_can_be_named(run, tmp_path):
+    out = tmp_path / "p.html"
+    arguments = [str(run), "--out", str(out), "--rows", "3", "--compare", "teacher", "sft_zero"]
+    assert report_command(arguments) == 0
+    page = out.read_text(encoding="utf-8")
+    assert [row["split"] for row in gallery(page)["rows"]] == ["test_s", "test_u", "test_n"]
+    assert "sft_zero against teacher" in page and "sft against teacher" not in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere: no such folder.*Remedy"),
+        (["{run}/sft"], "holds no evaluation.*Remedy"),
+        (["{run}", "--compare", "sft", "dpo"], "--compare dpo: no such evaluation.*teacher, sft, sft_zero"),
+        (["a={run}/eval_sft", "a={run}/eval_sft"], "two evaluations are named 'a/'.*Remedy"),
+        (["{run}", "--data", "nowhere"], r"metadata\.csv: not found.*Remedy"),
+    ],
+)
+def test_what_cannot_be_reported_is_refused_in_words(run, tmp_path, arguments, message, capsys):
+    filled = [text.format(run=run) for text in arguments]
+    assert report_command([*filled, "--out", str(tmp_path / "p.html")]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_sprite_and_mask_layer_lie_over_each_other():
+    frames = np.arange(7 * 4 * 6 * 3, dtype=np.uint8).reshape(7, 4, 6, 3)
+    picture = sprite(frames)
+    assert picture.shape == (8, 30, 3)
+    for t in range(7):
+        assert np.array_equal(picture[4 * (t // 5) : 4 * (t // 5) + 4, 6 * (t % 5) : 6 * (t % 5) + 6], frames[t])
+    assert not picture[4:, 12:].any()
+    assert sprite(frames[:2]).shape == (4, 12, 3)
+    assert sprite(np.zeros((10, 100, 200, 3), np.uint8), 50).shape == (50, 250, 3)
+    masks = np.zeros((7, 20, 30), bool)
+    masks[6, 5:15, 5:15] = True
+    layer = np.asarray(Image.open(io.BytesIO(mask_layer(masks, TRUTH))).convert("RGBA"))
+    assert layer.shape == (40, 150, 4)
+    assert tuple(layer[20 + 10, 30 + 10]) == (*TRUTH, 70) and tuple(layer[20 + 5, 30 + 10]) == (*TRUTH, 255)
+    assert tuple(layer[0, 0]) == (0, 0, 0, 120)
 
 
 def test_curves_skip_what_cannot_be_drawn(tmp_path):
