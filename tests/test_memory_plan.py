@@ -275,7 +275,8 @@ def test_shipped_configs_fit_two_gpus_of_48_gb(capsys: pytest.CaptureFixture[str
     shipped = [path for folder in ("configs", "configs/lean") for path in (ROOT / folder).glob("*.yaml")]
     for path in (path for path in shipped if path.name != "base.yaml"):
         name = path.relative_to(ROOT)
-        row = next(line for line in document.splitlines() if line.startswith(f"| `{name}` |"))
+        row = next((line for line in document.splitlines() if line.startswith(f"| `{name}` |")), "")
+        assert row, f"docs/memory.md has no row of {name}: see `plan_memory.py --config {name} --markdown`"
         config, cells = load_config(path), [cell.strip() for cell in row.strip("| ").split("|")]
         assert float(cells[-1 if config.stage == "eval" else -2]) <= 48, row
         assert config.stage == "eval" or (int(cells[1]), config.engine.offload) == (config.engine.zero_stage, False)
