@@ -12,6 +12,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +22,15 @@ from typing import Any
 from utils.errors import AuroraError
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+
+_PLUMBING = """
+import fcntl, os, sys
+for place, end in zip((3, 4), [fcntl.fcntl(int(n), fcntl.F_DUPFD, 10) for n in sys.argv[1:3]]):
+    os.dup2(end, place)
+    os.close(end)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class BrowserError(AuroraError):
@@ -142,8 +152,8 @@ class Browser:
             "--mute-audio", "--hide-scrollbars", "--disable-background-networking", "--remote-debugging-pipe",
             "--autoplay-policy=no-user-gesture-required", f"--user-data-dir={self._profile.name}",
         ]  # fmt: skip
-        # The pipe's ends must be 3 and 4 there; a shell puts them in place, since numbers here may be taken.
-        plumbing = ["sh", "-c", f'exec "$@" 3<&{read} 4>&{write}', "sh", program, *flags]
+        # The pipe's ends must be 3 and 4 there, numbers that are taken here: a second process puts them in place.
+        plumbing = [sys.executable, "-c", _PLUMBING, str(read), str(write), program, *flags]
         self._process = subprocess.Popen(
             plumbing, pass_fds=(read, write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )

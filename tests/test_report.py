@@ -33,7 +33,7 @@ def summary():
     stage = {
         "test_s": {**scores(80.0), "per_expression": scores(81.0)}, "test_u": scores(62.0), "mix": scores(71.0),
         "test_n": {"S": 7.25, "n": 4, "per_expression": {"S": 6.5, "n": 4}}, "kinds": kinds, "class_accuracy": 91.5,
-        "faithful": 44.0, "stage": "sft", "answer": "reasoning",
+        "faithful": 44.0, "trained": "sft", "answer": "reasoning",
     }
     probe = {"stage": "sft", "test_s": scores(50.0), "kinds": {"visual": scores(69.0), EVIL: scores(20.0)}}
     teacher = {"test_s": scores(85.0), "answers": "given"}

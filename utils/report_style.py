@@ -62,7 +62,8 @@ article header { grid-column: 1 / -1; } article h3 { margin: 0; } article .meta 
 body.plain .mask { visibility: hidden; }
 audio { width: 100%; height: 36px; } .enlarge { align-self: start; }
 .chips { display: flex; flex-wrap: wrap; gap: .35rem; margin: .2rem 0 .5rem; }
-.chip { padding: .05rem .55rem; border-radius: 1rem; background: var(--soft); font-size: .87rem; white-space: pre; }
+.chip { padding: .05rem .55rem; border-radius: 1rem; background: var(--soft); font-size: .87rem; min-width: 0;
+  white-space: pre-wrap; }
 .good { color: var(--good); } .bad { color: var(--bad); }
 .chip.good { background: color-mix(in srgb, var(--good) 15%, transparent); }
 .chip.bad { background: color-mix(in srgb, var(--bad) 15%, transparent); }

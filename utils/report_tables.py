@@ -85,7 +85,7 @@ def _stage_table(stages: Mapping[str, Any], protocol: str, mini: bool) -> str:
         shares = [stage.get("class_accuracy"), stage.get("faithful"), sum(counted)]
         rows.append([name, *cells, _of(stage.get("test_n"), protocol).get("S"), *shares])
         marks.append("")
-        published = STAGES.get(stage_key(stage.get("stage", ""), stage.get("answer", "")))
+        published = STAGES.get(stage_key(stage.get("trained", ""), stage.get("answer", "")))
         if published and protocol == "official":
             rows.append([f"paper: {published.method} ({published.group})", *_published(published), *[None] * 4])
             marks.append("paper")

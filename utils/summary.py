@@ -34,14 +34,14 @@ def stage_summary(folder: Path) -> dict[str, Any]:
     Returns:
         Per split J, F, J&F (or S) under protocol official, n, shares and "per_expression" with the same; `mix`, the
         mean of test_s and test_u; `kinds` and the shares of test_s at the top; `answers`, whether they were generated
-        or given; `stage` and `answer`, what was trained.
+        or given; `trained` and `answer`, the stage and the kind of answer.
     """
     summary: dict[str, Any] = {}
     for path in sorted(folder.glob("*/metrics.json")):
         metrics = json.loads(path.read_text(encoding="utf-8"))
         scores = metrics["scores"]
         summary["answers"] = metrics.get("answers", "generated")
-        summary["stage"] = metrics.get("stage", "")
+        summary["trained"] = metrics.get("stage", "")
         summary["answer"] = metrics.get("config", {}).get("data", {}).get("answer", "")
         kinds = {name: _group(group) for name, group in scores["kinds"].items()}
         summary[metrics["split"]] = {**_group(scores), "failed": len(scores["failed"]), "kinds": kinds}
