@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from utils.answers import parse_answer
+from utils.answers import parse_answer, reasoning_steps, sentences
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,26 @@ from utils.answers import parse_answer
 )
 def test_parse_answer(text: str, expected: str | None) -> None:
     assert parse_answer(text) == expected
+
+
+def test_reasoning_is_told_into_its_four_steps():
+    answer = (
+        "The audio holds a cello, seen in the images. In the video a man plays it. Two strings are broken. "
+        "We look for the object just left of the man: it is the cello. Wait, let me check. So the target is the cello. "
+        "It is [SEG]."
+    )
+    assert reasoning_steps(answer, "The object just left of the man.") == [
+        ("audio", "The audio holds a cello, seen in the images."),
+        ("video", "In the video a man plays it. Two strings are broken."),
+        ("reference", "We look for the object just left of the man: it is the cello."),
+        ("reflection", "Wait, let me check."),
+        ("answer", "So the target is the cello. It is [SEG]."),
+    ]
+    assert reasoning_steps("", "x") == []
+    assert reasoning_steps("Nothing to go by.", "") == [("video", "Nothing to go by.")]
+
+
+def test_sentences():
+    assert sentences("I see a cat. It is loud! The target is the cat. It is [SEG].") == [
+        "I see a cat.", "It is loud!", "The target is the cat.", "It is [SEG]."]
+    assert sentences("  ") == []
