@@ -104,7 +104,7 @@ def cases():
     }
 
 
-@pytest.mark.parametrize("protocol", ["official", "per_expression"])
+@pytest.mark.parametrize("protocol", ["official", "per_expression", "s4", "ms3"])
 @pytest.mark.parametrize("name", list(cases()))
 def test_equal_to_the_loops_to_the_bit(name, protocol):
     logits, masks = cases()[name]
