@@ -144,11 +144,13 @@ def checkpoint_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
         remedy = "name the folder of a run, of one of its checkpoints, or of an export"
         raise ConfigError([Problem("--checkpoint", str(folder), f"holds no config.yaml and no {EXPORT_FILE}", remedy)])
     saved = load_config(found[0], overrides)
+    training = {"root": str(folder), "cot": (), "feature_cache": "none"}  # the data of the training need not be here
     config = saved.model_copy(
         update={
             "stage": "eval",
+            "init_from": None,
             "eval": saved.eval.model_copy(update={"checkpoint": str(folder)}),
-            "data": saved.data.model_copy(update={"feature_cache": "none"}),
+            "data": saved.data.model_copy(update=training),
         }
     )
     check_paths(config)

@@ -17,6 +17,7 @@ from dataset.video import probe, read_clip
 from model.aurora.build import build_model
 from model.aurora.trained import save_trained
 from scripts.predict import main
+from tests.data_builders import write_clip
 from tests.tiny_run import make_tiny_run
 from utils.config import load_config, save_config
 from utils.errors import DataError
@@ -114,6 +115,8 @@ def checkpoint(tmp_path_factory):
     tokenizer, seg_id = load_tokenizer(config.model.base, config.model.seg_token)
     save_trained(build_model(config, len(tokenizer), seg_id), folder / "sft/final")
     save_config(config, folder / "sft/final")
+    shutil.rmtree(folder / "data")  # a prediction needs no data of the training
+    (folder / "cot.jsonl").unlink()
     return folder / "sft"
 
 
@@ -151,10 +154,8 @@ def test_silence_is_asked_for_or_warned_about(checkpoint, tmp_path, capsys):
 
 
 def test_a_folder_of_frames_with_its_sound(checkpoint, tmp_path):
-    folder = checkpoint.parent / "data/media/clip4_0_10000"
-    if not folder.is_dir():
-        folder = next(path for path in (checkpoint.parent / "data/media").iterdir() if (path / "frames").is_dir())
-    shutil.copytree(folder, tmp_path / "clip")
+    write_clip(tmp_path / "data", "clip")
+    shutil.move(tmp_path / "data/media/clip", tmp_path / "clip")
     clip = read_clip(tmp_path / "clip")
     assert len(clip.frames) == 10 and len(clip.sound) == 10 * SAMPLE_RATE
     assert read_clip(tmp_path / "clip/frames").sound is not None  # audio.wav beside the frames
