@@ -1,8 +1,8 @@
-"""Frames, masks, sound and video files -> arrays. What is broken is refused here; nothing is replaced or guessed.
+"""Frames, masks and sound -> arrays. What is broken is refused here; nothing is replaced or guessed.
 
-Readers: opencv for images, librosa for sound, decord for video files. Every failure is a DataError that names the file
-and the remedy (`dataset.clips` adds the sample). The published loader pads, truncates or substitutes 30 s of silence
-instead (AURORA utils/sem_seg_dataset.py:197-201, VideoLLaMA2 mm_utils.py:302).
+Readers: opencv for images, librosa for sound (`dataset.video` reads video files). Every failure is a DataError that
+names the file and the remedy (`dataset.clips` adds the sample). The published loader pads, truncates or substitutes
+30 s of silence instead (AURORA utils/sem_seg_dataset.py:197-201, VideoLLaMA2 mm_utils.py:302).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
-import decord
 import librosa
 import numpy as np
 import soundfile
@@ -215,56 +214,6 @@ def read_audio(path: Path, sample_rate: int = SAMPLE_RATE, max_seconds: float | 
     if rate != sample_rate:
         wave = librosa.resample(wave, orig_sr=rate, target_sr=sample_rate, res_type="fft")
     return np.ascontiguousarray(wave, dtype=np.float32)
-
-
-def read_video_frames(
-    path: Path, fps: float = 1.0, max_pixels: int | None = None, max_seconds: float | None = None
-) -> np.ndarray:
-    """Frames of a video file at `fps`: those shown at 0, 1/fps, 2/fps ... seconds.
-
-    Args:
-        path: a file that decord (ffmpeg) reads.
-        fps: frames kept per second; at most the file's own rate.
-        max_pixels: larger frames are refused after the first.
-        max_seconds: longer videos are refused before decoding.
-
-    Returns:
-        uint8 [T,H,W,3] RGB.
-
-    Raises:
-        DataError: missing, unreadable, without frames, too long or too large.
-    """
-    remedy = "Remedy: convert it to H.264 in mp4."
-    if not path.is_file():
-        raise DataError(f"{path}: no such file. Remedy: name an existing video.")
-    try:
-        # one thread: decord's pool can deadlock in a forked worker (VideoLLaMA2 mm_utils.py, same note)
-        reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
-        total, rate = len(reader), float(reader.get_avg_fps())
-        if total == 0 or not rate > 0:
-            raise DataError(f"{path}: holds no frames. {remedy}")
-        if max_seconds is not None and total / rate > max_seconds:
-            raise DataError(f"{path}: {total / rate:.1f} s, limit {max_seconds:g} s. Remedy: cut it.")
-        step = max(rate / fps, 1.0)
-        indexes = [min(int(k * step + 1e-6), total - 1) for k in range(max(int(total / step + 1e-6), 1))]
-        height, width = reader[0].shape[:2]
-        if max_pixels is not None and height * width > max_pixels:
-            raise DataError(f"{path}: {width}x{height} pixels, limit {max_pixels}. Remedy: scale it down.")
-        return np.stack([_without_padding(reader[i].asnumpy()) for i in indexes])
-    except (decord.DECORDError, RuntimeError) as error:
-        raise DataError(f"{path}: cannot be read as video ({str(error).splitlines()[0]}). {remedy}") from error
-
-
-def _without_padding(frame: np.ndarray) -> np.ndarray:
-    """uint8 [H,W,3] of a frame as decord gives it.
-
-    decord 0.6 takes the padded length of a line for its channels where that is four times the width (48 and 72 of 19
-    widths that were tried): get_batch fails, a single frame comes as [H,W,4] with its lines padded at the end.
-    """
-    height, width, channels = frame.shape
-    if channels == 3:
-        return frame
-    return np.ascontiguousarray(frame.reshape(height, -1)[:, : 3 * width]).reshape(height, width, 3)
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -12,6 +12,7 @@ import soundfile
 from PIL import Image
 
 from dataset import media
+from dataset.video import read_video_frames
 from tests.data_builders import write_clip
 from utils.errors import DataError
 
@@ -184,21 +185,21 @@ def _write_video(path: Path, frames: int, rate: float) -> None:
 def test_video_frames_at_one_per_second(tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     _write_video(path, 35, 10)
-    found = media.read_video_frames(path)
+    found = read_video_frames(path)
     assert found.shape == (3, 48, 64, 3) and found.dtype == np.uint8
     np.testing.assert_allclose(found.mean(axis=(1, 2, 3)), [0, 50, 100], atol=6)
-    assert len(media.read_video_frames(path, fps=5)) == 17
-    assert len(media.read_video_frames(path, fps=1000)) == 35
+    assert len(read_video_frames(path, fps=5)) == 17
+    assert len(read_video_frames(path, fps=1000)) == 35
     with pytest.raises(DataError, match=r"clip\.mp4: 3\.5 s, limit 2 s"):
-        media.read_video_frames(path, max_seconds=2)
+        read_video_frames(path, max_seconds=2)
     with pytest.raises(DataError, match=r"clip\.mp4: 64x48 pixels, limit 100"):
-        media.read_video_frames(path, max_pixels=100)
+        read_video_frames(path, max_pixels=100)
 
 
 def test_broken_video_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     with pytest.raises(DataError, match="no such file"):
-        media.read_video_frames(path)
+        read_video_frames(path)
     path.write_bytes(b"no video" * 20)
     with pytest.raises(DataError, match=r"clip\.mp4: cannot be read as video.*Remedy"):
-        media.read_video_frames(path)
+        read_video_frames(path)
