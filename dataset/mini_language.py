@@ -186,14 +186,14 @@ def reasoning(scene: Scene, question: Question | None, reference: str, rng: np.r
     if rng.random() < 0.35:
         steps.reverse()
     opening = ("The reference is", "The reference asks for", "We look for")[int(rng.integers(3))]
-    close = ("So", "Therefore,", "Thus")[int(rng.integers(3))]
+    close = ("So", "Therefore", "Thus")[int(rng.integers(3))]
     if question is None:
         steps.append(f"{opening} {clause(reference)}: no object in the images makes this sound.")
-        return " ".join([*steps, f"{close} the target is null."])
+        return " ".join([*steps, f"{close}, the target is null."])
     thing = scene.things[question.target]
     relation = f"{question.anchor}, so " if question.anchor else ""
     steps.append(f"{opening} {clause(reference)}: {relation}it is {answer(scene, question)}.")
-    return " ".join([*steps, f"{close} the target is {thing.class_name}."])
+    return " ".join([*steps, f"{close}, {place(question.target)}, the target is {thing.class_name}."])
 
 
 def truth(scene: Scene, question: Question | None, sounds: tuple[tuple[str, str], ...] | None = None) -> dict:
@@ -231,5 +231,6 @@ def chain_is_faithful(text: str, truth: dict, reference: str) -> bool:
     target = truth["target"]
     colour, name = (None, "null") if target is None else truth["things"][target]
     located = target is None or restated[0].endswith(f"it is {place(target)}: the {colour} {name}.")
-    answered = any(sentence.endswith(f"the target is {name}.") for sentence in sentences[-2:])
+    ending = f", the target is {name}." if target is None else f", {place(target)}, the target is {name}."
+    answered = any(sentence.endswith(ending) for sentence in sentences[-2:])
     return things == truth["things"] and words == expected and located and answered

@@ -22,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from dataset.gallery import RefAvsMedia  # noqa: E402 - the project's root must be on the path first
 from utils.config import git_state, load_config  # noqa: E402 - the project's root must be on the path first
 from utils.errors import AuroraError  # noqa: E402
 from utils.pipeline import Pipeline, Step, locked  # noqa: E402
@@ -209,7 +210,7 @@ def summarise(steps: Sequence[object], options: argparse.Namespace, seconds: dic
     write_json(options.out / "summary.json", summary)
     trained = [(step.name, options.out / step.name) for step in steps if isinstance(step, Train)]
     pictured = [options.out / e.name for e in evaluations if e.pictures]
-    write_page(options.out / "index.html", "AURORA on the mini world", summary, trained, pictured, Path(DATA) / "media")
+    write_page(options.out / "index.html", "AURORA on the mini world", summary, trained, pictured, RefAvsMedia(DATA))
     return summary
 
 

@@ -201,18 +201,17 @@ def _sound_levels(bank: Bank, steps: int, patch: int) -> Tensor:
 
 
 def pretrain_sam(segmenter: Segmenter, bank: Bank, steps: int, report: Callable[[str], None]) -> None:
-    """SAM segments what a point or a concept (a mix of class, colour and column) names.
+    """SAM segments what stands at a point or at a named place, whatever its class, as the released one does.
 
-    Its embedding also tells class and colour of each cell through a head that is thrown away: from masks alone the
-    encoder learns colours and places long before it tells classes apart.
+    Its embedding also tells class and colour of each cell through a head that is thrown away: without it the encoder
+    finds things by their edges alone, and nothing could ever prompt it by what they are.
     """
     width = segmenter.prompt_width
-    tables = nn.ModuleList([nn.Embedding(n, width) for n in (len(CLASSES) + 1, len(COLOURS) + 1, 4)])
-    for table in tables:
-        nn.init.normal_(table.weight, std=0.5)
+    places = nn.Embedding(4, width)
+    nn.init.normal_(places.weight, std=0.5)
     sam = segmenter.sam
     head = nn.Linear(width, len(CLASSES) + len(COLOURS) + 2)
-    optimiser = _adamw([sam.image_encoder, sam.mask_decoder, sam.prompt_encoder, tables, head], 1.2e-3)
+    optimiser = _adamw([sam.image_encoder, sam.mask_decoder, sam.prompt_encoder, places, head], 1.2e-3)
     grid = segmenter.image_size // segmenter.sizes.patch_size
     log: list[tuple[float, float, dict[str, float]]] = []
     for step, share in enumerate(schedule(steps, optimiser), 1):
@@ -220,11 +219,11 @@ def pretrain_sam(segmenter: Segmenter, bank: Bank, steps: int, report: Callable[
         frame = torch.randint(scenes.FRAMES, (16,))
         owner = bank.owner[scene, frame]
         wanted = torch.randint(1, 4, (16,))
-        concept = _CONCEPTS[int(torch.multinomial(torch.tensor([share for _, share in _CONCEPTS]), 1))][0]
-        if concept == "point":
+        kind = list(_PROMPTS)[int(torch.multinomial(torch.tensor(list(_PROMPTS.values())), 1))]
+        if kind == "point":
             prompts, target = _point_prompt(segmenter, owner, wanted)
         else:
-            prompts, target = _concept_prompt(tables, bank, scene, wanted, owner, concept)
+            prompts, target = _place_prompt(places, wanted, owner, "noise" in kind)
         embedding = sam.image_encoder(sam_pixels(bank.frames[scene, frame], segmenter))
         cells, right = _concept_loss(head(embedding.flatten(2).mT), bank, scene, _owner_of_cells(owner, grid))
         low = segmenter.decode(embedding[:, None], prompts)[:, 0]
@@ -235,36 +234,25 @@ def pretrain_sam(segmenter: Segmenter, bank: Bank, steps: int, report: Callable[
         _step(4 * bce + dice + 0.5 * cells, optimiser)
         union = ((logits > 0) | (target > 0)).flatten(1).sum(1)
         iou = (((logits > 0) & (target > 0)).flatten(1).sum(1) / union.clamp(min=1))[union > 0].mean()
-        log.append((dice.item(), right.item(), {concept: iou.item()}))
+        log.append((dice.item(), right.item(), {kind: iou.item()}))
         if step % 200 == 0:
             recent = log[-200:]
-            by_concept = {name: np.mean([x[name] for *_, x in recent if name in x]) for name, _ in _CONCEPTS}
-            listed = " ".join(f"{name} {value:.3f}" for name, value in by_concept.items())
+            by_kind = {name: np.mean([x[name] for *_, x in recent if name in x]) for name in _PROMPTS}
+            listed = ", ".join(f"{name} {value:.3f}" for name, value in by_kind.items())
             dice_mean, right_mean = np.mean([x[:2] for x in recent], 0)
             report(f"sam {step} {share:.0%} dice {dice_mean:.3f} cells {right_mean:.3f} IoU {listed}")
 
 
-_CONCEPTS = (
-    ("class", 0.2), ("class colour", 0.1), ("class column", 0.1), ("class colour column", 0.1), ("colour", 0.05),
-    ("column", 0.05), ("noise colour", 0.1), ("noise column", 0.1), ("noise colour column", 0.1), ("point", 0.1),
-)  # fmt: skip
-"""What prompts name, and how often."""
+_PROMPTS = {"place": 0.4, "place with noise": 0.4, "point": 0.2}
+"""What prompts tell, and how often."""
 
 
-def _concept_prompt(
-    tables: nn.ModuleList, bank: Bank, scene: Tensor, wanted: Tensor, owner: Tensor, concept: str
-) -> tuple[Tensor, Tensor]:
-    """A prompt naming the given facts of the wanted thing, and the mask of all things that they fit."""
-    facts = torch.stack([bank.classes[scene], bank.colours[scene], torch.arange(4).expand(len(scene), -1)], -1)
-    named = torch.tensor([name in concept.split() for name in ("class", "colour", "column")])
-    chosen = facts[torch.arange(len(scene)), wanted]
-    parts = [table(chosen[:, i]) for i, table in enumerate(tables) if named[i]]
-    if "noise" in concept:  # a word that SAM does not know must not drown those that it knows
-        parts.append(0.5 * torch.randn(len(scene), parts[0].shape[-1]))
-    prompts = torch.stack(parts).sum(0)
-    fits = ((facts == chosen[:, None]) | ~named).all(-1) & (torch.arange(4) > 0)
-    target = fits.gather(1, owner.flatten(1).long()).view(owner.shape).float()
-    return prompts, target
+def _place_prompt(places: nn.Embedding, wanted: Tensor, owner: Tensor, noisy: bool) -> tuple[Tensor, Tensor]:
+    """A prompt naming the place of the wanted thing, and its mask."""
+    prompts = places(wanted)
+    if noisy:  # words that SAM does not know must not drown those that it knows
+        prompts = prompts + 0.5 * torch.randn_like(prompts)
+    return prompts, (owner == wanted[:, None, None]).float()
 
 
 def _point_prompt(segmenter: Segmenter, owner: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
