@@ -19,10 +19,15 @@ import numpy as np
 import soundfile
 from PIL import Image
 
+from dataset.contained import contained
 from utils.errors import DataError
 
 SAMPLE_RATE = 16_000
 """Hz; the rate of BEATs' filter bank."""
+MAX_SAMPLE_RATE, MAX_CHANNELS = 384_000, 32
+"""What a sound file may claim in its header: no recording has more, and memory grows with both."""
+MAX_BYTES_PER_PIXEL = 16
+"""Larger files than this for each pixel that may be decoded hold something else (RGBA of 16 bits has 8)."""
 
 _NUMBERED = re.compile(r"([0-9]{1,9})\.(jpg|jpeg|png)", re.IGNORECASE)
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -49,7 +54,8 @@ def list_images(source: Path | ImageFolder) -> list[Path]:
     """Numbered images of a folder in numeric order (2.jpg before 10.jpg), without a gap from the first number on.
 
     Raises:
-        DataError: no folder, no image, an image whose name is not a number, a number missing or given twice.
+        DataError: no folder, no image, an image whose name is not a number, a number missing or given twice, a link
+            out of the data set.
     """
     named = source if isinstance(source, ImageFolder) else ImageFolder(source)
     folder, first = named.path, named.first
@@ -68,7 +74,9 @@ def list_images(source: Path | ImageFolder) -> list[Path]:
             raise DataError(
                 f"{folder / name}: number {number} is also {found[number].name}. Remedy: remove one of them."
             )
-        found[number] = folder / name
+        path = folder / name
+        # a link within the data set is fine (a null clip may share the frames of its original), one out of it is not
+        found[number] = contained(path, folder.resolve().parent.parent) if path.is_symlink() else path
     if not found:
         raise DataError(f"{folder}: holds no image. Remedy: restore the clip from the benchmark's archive.")
     wanted = range(first, first + len(found))
@@ -197,6 +205,11 @@ def read_audio(path: Path, sample_rate: int = SAMPLE_RATE, max_seconds: float | 
         info = soundfile.info(str(path))
         if info.frames == 0:
             raise DataError(f"{path}: holds no sound (0 samples). {remedy}")
+        if info.samplerate > MAX_SAMPLE_RATE or info.channels > MAX_CHANNELS:  # the length in seconds says nothing then
+            raise DataError(
+                f"{path}: {info.samplerate} Hz, {info.channels} channels; limits {MAX_SAMPLE_RATE} and {MAX_CHANNELS}. "
+                f"{remedy}"
+            )
         if max_seconds is not None and info.duration > max_seconds:
             raise DataError(
                 f"{path}: {info.duration:.1f} s, limit {max_seconds:g} s. "
@@ -216,8 +229,12 @@ def read_audio(path: Path, sample_rate: int = SAMPLE_RATE, max_seconds: float | 
     return np.ascontiguousarray(wave, dtype=np.float32)
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read_bytes(path: Path, most: int | None) -> bytes:
     try:
+        size = path.stat().st_size
+        if most is not None and size > most:
+            raise DataError(f"{path}: {size} bytes, no image of the allowed size has more than {most}. "
+                            "Remedy: restore the file, or raise data.max_image_pixels.")
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}. Remedy: restore the file.") from error
@@ -245,7 +262,7 @@ def read_image(path: Path, mode: int, max_pixels: int | None) -> np.ndarray:
 
     The orientation tag is ignored, as masks are drawn on the stored pixels. Raises DataError for a broken file.
     """
-    data = _read_bytes(path)
+    data = _read_bytes(path, None if max_pixels is None else MAX_BYTES_PER_PIXEL * max_pixels + (1 << 20))
     height, width = _header_size(path, data)
     if max_pixels is not None and height * width > max_pixels:
         raise DataError(

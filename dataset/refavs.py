@@ -24,6 +24,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from dataset.contained import contained
 from utils.errors import DataError
 
 COLUMNS = ("vid", "uid", "split", "fid", "exp")
@@ -81,15 +82,16 @@ class RefAvsIndex:
 
     Args:
         root: folder with metadata.csv, media/ and gt_mask/; a `mini_truth.jsonl` beside them is read too.
+        faults: gets the faults of single rows in words, and those rows are left out; None = the first one is raised.
 
     Raises:
         DataError: the table breaks a rule; the message names file, row, value, rule and remedy.
     """
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, faults: list[str] | None = None) -> None:
         self.root = Path(root)
         self.table = self.root / "metadata.csv"
-        rows, self.row_count = _read_metadata(self.table)
+        rows, self.row_count = _read_metadata(self.table, faults)
         truths = _read_truths(self.root / "mini_truth.jsonl", {r.row for r in rows})
         self._rows = {r.row: _with_truth(r, truths) for r in rows}
         self._splits: dict[Split, list[Row]] = {split: [] for split in Split}
@@ -109,13 +111,14 @@ class RefAvsIndex:
         return list(dict.fromkeys(r.clip for r in self._splits[Split(split)]))
 
     def frames_folder(self, clip: str) -> Path:
-        return self.root / "media" / clip / "frames"
+        """Raises DataError where a link leads out of media/; so do the two below."""
+        return contained(self.root / "media" / clip / "frames", self.root / "media")
 
     def audio_path(self, clip: str) -> Path:
-        return self.root / "media" / clip / "audio.wav"
+        return contained(self.root / "media" / clip / "audio.wav", self.root / "media")
 
     def mask_folder(self, row: Row) -> Path:
-        return self.root / "gt_mask" / row.clip / f"fid_{row.fid}"
+        return contained(self.root / "gt_mask" / row.clip / f"fid_{row.fid}", self.root / "gt_mask")
 
 
 def split_uid(uid: str) -> tuple[str, str, int]:
@@ -133,7 +136,7 @@ def split_uid(uid: str) -> tuple[str, str, int]:
     return clip, parts[1], int(parts[2])
 
 
-def _read_metadata(path: Path) -> tuple[list[Row], int]:
+def _read_metadata(path: Path, faults: list[str] | None = None) -> tuple[list[Row], int]:
     """Rows of known splits, and the number of all rows of the file."""
     try:
         # utf-8-sig: a byte-order mark (a spreadsheet's work) is dropped; newline="" leaves CRLF to the csv module
@@ -151,8 +154,15 @@ def _read_metadata(path: Path) -> tuple[list[Row], int]:
             f"{path}: columns are {list(header)}; they must be {list(COLUMNS)}. "
             "Remedy: restore the official metadata.csv."
         )
-    rows = [_read_row(path, number, header, values) for number, values in enumerate(cells[1:])]
-    return [r for r in rows if r is not None], len(rows)
+    rows = []
+    for number, values in enumerate(cells[1:]):
+        try:
+            rows.append(_read_row(path, number, header, values))
+        except DataError as error:
+            if faults is None:
+                raise
+            faults.append(str(error))
+    return [r for r in rows if r is not None], len(cells) - 1
 
 
 def _read_row(path: Path, number: int, header: tuple[str, ...], values: list[str]) -> Row | None:
