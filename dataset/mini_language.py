@@ -134,7 +134,8 @@ def _auditory(scene: Scene) -> Iterator[Question]:
                 if k < len(things) - 1:
                     yield Question("audio_spatial", f"The object just right of the {role.phrase}.", k + 1, anchor)
             continue
-        if len(passing) == 2:
+        if len(passing) == 2 and things[passing[0]].class_name != things[passing[1]].class_name:
+            # Of one class they would be found without listening: no other class stands there twice.
             yield Question("audio_spatial", f"The {role.phrase} that is further left.", passing[0], explained)
             yield Question("audio_spatial", f"The {role.phrase} that is further right.", passing[1], explained)
         for k in passing:

@@ -45,7 +45,7 @@ class WorldSettings:
     test_s: int = 100
     test_u: int = 80
     test_n: int = 20
-    train_null: int = 60
+    train_null: int = 180
     rows_per_train_clip: int = 6
     rows_per_test_clip: int = 3
 

@@ -162,6 +162,8 @@ STEPS: tuple[Run | Train | Evaluate, ...] = (
     Evaluate("grpo", ("test_s", "test_u", "test_n"), pictures=12),
     Train("sft_plain", "sft", (TEACHER, "data.answer=plain"), ("world", "teacher"), full=True),
     Evaluate("sft_plain", ("test_s", "test_u"), full=True),
+    Train("sft_without_null", "sft", (TEACHER, "data.null_rows=false"), ("world", "teacher"), full=True),
+    Evaluate("sft_without_null", ("test_s", "test_n"), full=True),
 )
 """What is run, in order; those marked full only with --full."""
 
@@ -172,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--num_gpus", type=int, default=1, help="processes, on a CPU too (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of training (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
-    parser.add_argument("--full", action="store_true", help="also the SFT without reasoning (Table 2 of the paper)")
+    parser.add_argument("--full", action="store_true", help="also SFT without reasoning, SFT without null rows")
     options = parser.parse_args(arguments)
     if options.num_gpus < 1:
         parser.error(f"--num_gpus {options.num_gpus}: at least one process is needed")
