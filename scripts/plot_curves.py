@@ -2,10 +2,10 @@
 
     python scripts/plot_curves.py reflective=runs/grpo no_stage_2=runs/grpo_sft --out curves [--window 10]
 
-A run is a folder with metrics.jsonl; a name may stand before it. Writes figure_8.png (overall, class and IoU reward)
-and figure_9.png (reasoning length, intra-group std), and, where they were logged, figure_policy.png (entropy, share of
-groups without variance, clip fraction, KL, gradient norm). The faint line is what was logged, the strong one its
-running mean.
+A run is a folder with metrics.jsonl; a name may stand before it. Writes figure_8.png (overall, class, IoU and format
+reward) and figure_9.png (reasoning length, intra-group std), and, where they were logged, figure_policy.png (entropy,
+share of groups without variance, clip fraction, KL, gradient norm, tokens per second, share of right reasoning). The
+faint line is what was logged, the strong one its running mean. The HTML report draws the same scalars.
 """
 
 from __future__ import annotations
@@ -20,14 +20,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.curves import COLOURS, Series, read_scalars, smooth  # noqa: E402 - the root must be on the path first
+from utils.curves import COLOURS, GRPO_FIGURES, Series, read_scalars, smooth  # noqa: E402 - the root must be on the path first
 from utils.errors import AuroraError, DataError  # noqa: E402
 
-FIGURES = {
-    "figure_8.png": ("reward_all", "reward_class", "reward_iou"),
-    "figure_9.png": ("completion_length", "group_std"),
-    "figure_policy.png": ("entropy", "zero_variance_share", "clip_fraction", "kl", "grad_norm"),
-}
 WIDTH, HEIGHT = 560, 400
 LEFT, RIGHT, TOP, BOTTOM = 70, 16, 40, 56
 FONT = cv2.FONT_HERSHEY_SIMPLEX
@@ -97,7 +92,7 @@ def plot(runs: Sequence[tuple[str, Path]], folder: Path, window: int) -> list[Pa
     names = [name for name, _ in runs]
     scalars = [(name, read_scalars(path)) for name, path in runs]
     written = []
-    for file, wanted in FIGURES.items():
+    for file, wanted in GRPO_FIGURES.items():
         panels = []
         for scalar in wanted:
             lines = [Series(name, s[scalar].steps, s[scalar].values) for name, s in scalars if scalar in s]

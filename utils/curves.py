@@ -14,6 +14,15 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 26, 24
 COLOURS = ("#2a78d6", "#d6552a", "#2a9d5c", "#8a4fd0", "#b8860b", "#c2417c", "#3d8f9e", "#6b6b6b")
 """One per series, in order; readable on light and dark grounds."""
 
+GRPO_FIGURES = {
+    "figure_8.png": ("reward_all", "reward_class", "reward_iou", "reward_format"),
+    "figure_9.png": ("completion_length", "group_std"),
+    "figure_policy.png": (
+        "entropy", "zero_variance_share", "clip_fraction", "kl", "grad_norm", "tokens_per_second", "reward_faithful",
+    ),
+}  # fmt: skip
+"""Scalars of stage 3 by picture: the paper's Figures 8 and 9, and the state of the policy."""
+
 
 @dataclass(frozen=True)
 class Series:

@@ -18,6 +18,7 @@ from typing import Any
 from utils.breakdown import Comparison, Dimension
 from utils.curves import Chart, colour_of, svg
 from utils.report_gallery import gallery_section
+from utils.report_samples import samples_section
 from utils.report_script import SCRIPT
 from utils.report_style import CSS
 from utils.report_tables import (
@@ -53,6 +54,8 @@ class Report:
     failures: Sequence[Mapping[str, str]] = ()
     """Lines of the taxonomy's CSV."""
     charts: Sequence[Chart] = ()
+    samples: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]] = field(default_factory=dict)
+    """Run of stage 3 -> groups of sampled answers, `report_samples.read_groups`."""
     gallery: Mapping[str, Any] = field(default_factory=dict)
     """`report_gallery.gallery_data`."""
     mini: bool = False
@@ -94,6 +97,7 @@ def _sections(report: Report) -> list[tuple[str, str, str]]:
         ("compare", "Paired comparisons", note(paired) + "".join(compared) if compared else ""),
         ("failures", "Failure taxonomy", failure_table(report.failures) if report.failures else ""),
         ("curves", "Curves", _curves(report.charts)),
+        ("samples", "Sampled answers", samples_section(report.samples)),
         ("gallery-title", "Clips", gallery_section(report.gallery) if report.gallery.get("rows") else ""),
         ("time", "Time", seconds_table(summary["seconds"]) if summary.get("seconds") else ""),
     ]

@@ -11,15 +11,19 @@ from typing import Any
 from urllib.parse import quote
 
 from utils.breakdown import break_down, compare, size_names
-from utils.curves import charts_of_runs
+from utils.curves import GRPO_FIGURES, charts_of_runs
 from utils.report import Report, render_page
 from utils.report_gallery import gallery_data
 from utils.report_media import WIDTH, Drawn, MediaSource, draw_media, draw_sounds
 from utils.report_runs import Evaluation, find_evaluations, pairs
+from utils.report_samples import read_groups
 from utils.results import write_bytes
 from utils.tables import format_table, mix_scores
 
-CURVES = ("loss", "ce_loss", "mask_loss", "mask_bce_loss", "mask_dice_loss", "distill_loss", "lr", "grad_norm")
+CURVES = tuple(dict.fromkeys((
+    *("loss", "ce_loss", "mask_loss", "mask_bce_loss", "mask_dice_loss", "distill_loss", "lr", "grad_norm"),
+    *(name for names in GRPO_FIGURES.values() for name in names),
+)))  # fmt: skip
 """Scalars of metrics.jsonl that are drawn, where a run has them."""
 
 _SHARES = ("class_accuracy", "format_share", "faithful")
@@ -139,6 +143,7 @@ def write_report(
         comparisons=comparisons,
         failures=table,
         charts=charts_of_runs([(name, folder / "metrics.jsonl") for name, folder in runs], CURVES),
+        samples={name: groups for name, folder in runs if (groups := read_groups(folder))},
         gallery=gallery_data(shown, rows, drawn, strips, sizes, failures),
         mini=any(e.is_mini for e in evaluations),
     )
