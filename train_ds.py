@@ -57,7 +57,8 @@ def run(config: RunConfig, fresh: bool = False) -> None:
         fresh: start at step 0 though the folder holds an earlier run, which is renamed.
     """
     from dataset.build import build_processor, training_batches, training_clips
-    from dataset.prompt import Prompts, load_tokenizer
+    from dataset.prompt import load_tokenizer
+    from dataset.references import build_prompts
     from model.aurora.adapters import component_counts, format_counts
     from model.aurora.build import build_model
     from model.aurora.trained import save_trained
@@ -80,7 +81,7 @@ def run(config: RunConfig, fresh: bool = False) -> None:
     model = build_model(config, len(tokenizer), seg_id, device)
     sizes = model.backbone.config
     processor = build_processor(config, tokenizer, sizes.vision.image_size, sizes.beats.mel_bins)
-    clips = training_clips(config, processor, Prompts(tokenizer, seg_id, config.model.system_prompt))
+    clips = training_clips(config, processor, build_prompts(config.model, tokenizer, seg_id))
     logger.info("%s\n%d rows to train on", format_counts(component_counts(model)), len(clips))
 
     engine = build_engine(model, config)
@@ -141,7 +142,7 @@ def train(
                 log.metrics(progress.step, {**means.reduce(), "lr": rate, "grad_norm": norm})
         progress.samples += accumulation * config.engine.micro_batch * world_size()
         if is_main() and due(config.log.samples_every, start, progress.step):
-            log.samples(progress.step, answers(stage, batch, config.eval.max_new_tokens))
+            log.samples(progress.step, stage.samples() or answers(stage, batch, config.eval.max_new_tokens))
         if due(config.log.save_every, start, progress.step) or progress.step >= steps:
             yield
 

@@ -80,7 +80,8 @@ def run(config: RunConfig, stage: str) -> dict[str, Any]:
     from dataset.cot import read_cot
     from dataset.media import read_frames
     from dataset.mini_language import chain_is_faithful
-    from dataset.prompt import NEED_REASONING, Prompts, load_tokenizer
+    from dataset.prompt import NEED_REASONING, load_tokenizer
+    from dataset.references import build_prompts
     from model.aurora.build import build_model
     from model.aurora.trained import find_trained
     from utils import distributed
@@ -94,7 +95,7 @@ def run(config: RunConfig, stage: str) -> dict[str, Any]:
     model = build_model(config, len(tokenizer), seg_id, device)
     sizes = model.backbone.config
     processor = build_processor(config, tokenizer, sizes.vision.image_size, sizes.beats.mel_bins)
-    prompts = Prompts(tokenizer, seg_id, config.model.system_prompt)
+    prompts = build_prompts(config.model, tokenizer, seg_id)
     index = build_index(config.data)
     given = config.data.answer if stage == "teacher" else None
     settings = ClipSettings(given, None, config.data.num_frames, config.data.max_image_pixels,

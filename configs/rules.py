@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import reduce
 from typing import TYPE_CHECKING
+
+from configs.prompter_rules import prompter_rules
+from configs.rule import BrokenRule
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
@@ -15,23 +18,15 @@ VOCABULARY = ("language_model.model.embed_tokens.weight", "language_model.lm_hea
 """Parameters whose [SEG] rows `trainable.seg_rows_only` trains."""
 
 
-@dataclass(frozen=True)
-class BrokenRule:
-    """Fields (dotted) that cannot go together, why, and what to change."""
-
-    fields: tuple[str, ...]
-    rule: str
-    remedy: str
-    values: tuple[object, ...] = ()
-    """Of the fields, filled in by `broken_rules`."""
-
-
 _MADE_OF_REASONING = ("reasoning", "conclusion")
 
 
 def broken_rules(config: RunConfig) -> list[BrokenRule]:
     """Every rule that `config` breaks, in reading order of the fields."""
-    checks = (_stage_rules, _teacher_rules, _trainable_rules, _loss_rules, _run_rules, _grpo_rules, _benchmark_rules)
+    checks = (
+        *(_stage_rules, _teacher_rules, _trainable_rules, _loss_rules, _run_rules, _grpo_rules, _benchmark_rules),
+        prompter_rules,
+    )
     found = [broken for check in checks for broken in check(config)]
     return [replace(b, values=tuple(reduce(getattr, name.split("."), config) for name in b.fields)) for b in found]
 

@@ -44,6 +44,21 @@ class ModelConfig(Section):
         "sdpa", "attention kernel of the language model", "name", "ours: exact and available everywhere"
     )
     seg_token: str = knob("[SEG]", "token whose hidden state prompts SAM", "text", "paper 3.1", pattern=r"^\S+$")
+    prompter: Literal["seg_token", "learnable_tokens", "text_encoder"] = knob(
+        "seg_token",
+        "what prompts SAM: the [SEG] that the model writes, learnable tokens appended behind its answer, or a text "
+        "encoder's embedding of the reference (no answer is written)",
+        "name",
+        "paper 3.1, tables 2 and 7",
+    )
+    learnable_tokens: int = knob(
+        1, "tokens appended behind the answer; their projected states are averaged", "tokens",
+        "ours: one, as there is one [SEG]; paper 8.1 is silent", ge=1,
+    )
+    text_encoder: str | None = knob(
+        None, "folder of a CLIP text model with its tokenizer; null = the base's language model reads the reference",
+        "path", "ours: stands for ImageBind's text encoder (paper table 2), itself a CLIP text tower", min_length=1,
+    )
     system_prompt: Literal["llama2", "qwen2", "none"] = knob(
         "llama2", "system turn: LLaMA-2's safety text as published, Qwen2's own, or none", "name", "published code"
     )

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from configs.rules import BrokenRule
+from configs.rule import BrokenRule
 from configs.schema import RunConfig
 from utils.config_help import fields, help_text
 from utils.errors import ConfigError, Problem
@@ -101,6 +101,7 @@ def check_paths(config: RunConfig) -> None:
         "model.base": config.model.base,
         "model.sam_checkpoint": config.model.sam_checkpoint,
         "model.sam_type": config.model.sam_type if config.model.sam_type.endswith(".json") else None,
+        "model.text_encoder": config.model.text_encoder,
         "data.root": config.data.root,
         "init_from": config.init_from,
         "sft.teacher_checkpoint": teacher,

@@ -122,7 +122,8 @@ def evaluation_facts(config: RunConfig, stage: str, checkpoint: Path, table: Pat
         checkpoint: folder with trained.json and trained.safetensors.
         table: that lists the rows, where it does not lie in `data.root` itself.
     """
-    base = [path for path in Path(config.model.base).iterdir() if path.is_file()]
+    folders = [config.model.base, *([config.model.text_encoder] if config.model.text_encoder else [])]
+    base = [path for folder in folders for path in Path(folder).iterdir() if path.is_file()]
     tables = [path for path in Path(config.data.root).iterdir() if path.is_file()]
     if table is not None and table not in tables:
         tables.append(table)

@@ -22,7 +22,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from configs.schema import TrainableConfig
-from model.aurora.model import COMPONENTS, AuroraModel
+from model.aurora.model import AuroraModel
+from model.aurora.prompter import QUERIES
 from model.aurora.seg_rows import train_seg_rows
 from utils.errors import ConfigError, Problem
 
@@ -88,9 +89,9 @@ def freeze(model: AuroraModel, prefix: str) -> None:
 
 
 def component_counts(model: AuroraModel) -> list[ComponentCount]:
-    """Trainable and total values per component, in the order of `COMPONENTS`."""
+    """Trainable and total values per component, in the order of `model.components`."""
     counts = []
-    for name in COMPONENTS:
+    for name in model.components:
         sizes = [(_size(p), p.requires_grad) for p in model.get_submodule(name).parameters()]
         counts.append(ComponentCount(name, sum(n for n, on in sizes if on), sum(n for n, _ in sizes)))
     return counts
@@ -127,7 +128,7 @@ def _whole_parameters(model: AuroraModel, config: TrainableConfig) -> tuple[set[
         found = {name for name in names if re.search(pattern, name)}
         problems += _judge(f"trainable.full[{i}]", pattern, found, "parameter", names)
         whole |= found
-    for flag, prefix in ((config.seg_head, SEG_HEAD), (config.mask_decoder, MASK_DECODER)):
+    for flag, prefix in ((config.seg_head, (SEG_HEAD, QUERIES)), (config.mask_decoder, MASK_DECODER)):
         whole |= {name for name in names if flag and name.startswith(prefix)}
     return whole, problems
 

@@ -10,6 +10,7 @@ from configs.schema import RunConfig
 from model.aurora.adapters import MASK_DECODER, apply_trainable, freeze
 from model.aurora.features import FeatureCache, tower_fingerprint
 from model.aurora.model import AuroraModel
+from model.aurora.prompter import build_prompter
 from model.aurora.trained import load_mask_decoder, load_trained, read_trained
 from model.sam import build_segmenter
 from model.videollama2.weights import load_backbone
@@ -47,7 +48,9 @@ def build_model(
         config, backbone.language_model.get_input_embeddings().num_embeddings, tokenizer_size, seg_token_id
     )
     segmenter = build_segmenter(config.model.sam_type, config.model.sam_image_size, config.model.sam_checkpoint)
-    model = AuroraModel(backbone, segmenter, seg_token_id)
+    model = AuroraModel(
+        backbone, segmenter, seg_token_id, prompter=build_prompter(config.model, backbone, dtype).to(device)
+    )
     model.feature_cache = FeatureCache(
         config.data.feature_cache, Path(config.data.root) / ".features", lambda tower: tower_fingerprint(model, tower)
     )

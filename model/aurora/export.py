@@ -65,14 +65,13 @@ def save_pretrained(model: AuroraModel, folder: str | Path, merge: bool = True) 
         folder: made if needed.
         merge: the merged export, which needs nothing beside it; False = light.
 
-    Returns:
-        The folder.
-
     Raises:
-        RuntimeError: the model does not know where its base and SAM came from.
+        RuntimeError: the model does not know where its base and SAM came from, or writes no [SEG].
     """
     if model.origin is None or model.trainable_config is None:
         raise RuntimeError("save_pretrained: the model's base is unknown; make it by build_model or from_pretrained")
+    if model.origin.prompter != "seg_token":
+        raise RuntimeError(f"save_pretrained: only models that write [SEG] are exported, not {model.origin.prompter}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = _write_merged(model, folder) if merge else _write_light(model, folder)

@@ -49,11 +49,18 @@ def predict(
         raise ValueError(f"fallback is {fallback!r}; must be 'empty' or 'append'")
     with evaluating(model):
         media = model.encode(batch)
-        answers = generate(model, batch, media, tokenizer, max_new_tokens)
-        hidden, decodable = answers.seg_hidden, answers.has_seg
-        if fallback == "append" and not bool(decodable.all()):
-            hidden, decodable = _append_seg(model, batch, media, tokenizer, answers)
-        features = model.project(hidden).masked_fill(~decodable[:, None], 0)
+        answers = generate(model, batch, media, tokenizer, max_new_tokens) if model.prompter.writes else None
+        texts = [""] * len(batch) if answers is None else answers.texts
+        if model.prompter.always_asks:
+            packed = model.pack(batch, None if answers is None else answers.token_ids)
+            features = model.seg_features(model.hidden_states(packed, media), packed)
+            asked = decodable = packed.has_seg
+        else:
+            hidden, asked = answers.seg_hidden, answers.has_seg
+            decodable = asked
+            if fallback == "append" and not bool(asked.all()):
+                hidden, decodable = _append_seg(model, batch, media, tokenizer, answers)
+            features = model.project(hidden).masked_fill(~decodable[:, None], 0)
         low = model.decode_masks(features, decodable, media.image_embeddings)
     masks = [
         model.segmenter.upscale(low[i], batch.sam_sizes[i], size)
@@ -63,7 +70,7 @@ def predict(
     ]
     return [
         Prediction(sample.row, text, parse_answer(text), mask, bool(has_seg))
-        for sample, text, mask, has_seg in zip(batch.samples, answers.texts, masks, answers.has_seg, strict=True)
+        for sample, text, mask, has_seg in zip(batch.samples, texts, masks, asked, strict=True)
     ]
 
 

@@ -10,6 +10,7 @@ from configs.schema import RunConfig
 from model.aurora.adapters import MASK_DECODER, apply_trainable, freeze
 from model.aurora.build import PRECISION
 from model.aurora.model import AuroraModel
+from model.aurora.prompter import build_prompter
 from model.sam import build_segmenter
 from model.videollama2.backbone import VideoLlama2
 from model.videollama2.config import CONFIG_NAME, RELEASED, VideoLlama2Config
@@ -44,7 +45,8 @@ def build_meta_model(
     with torch.device("meta"):
         backbone = VideoLlama2(sizes, config.model.attention)
         segmenter = build_segmenter(config.model.sam_type, config.model.sam_image_size)
-        model = AuroraModel(backbone, segmenter, seg_token_id)
+        prompter = build_prompter(config.model, backbone, PRECISION[config.engine.precision])
+        model = AuroraModel(backbone, segmenter, seg_token_id, prompter=prompter)
         model.to(PRECISION[config.engine.precision])
         apply_trainable(model, config.trainable)
     if config.stage == "sft" and config.sft.freeze_mask_decoder and config.sft.teacher_checkpoint:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from configs.schema import ModelConfig, TrainableConfig
 from model.aurora.features import FeatureCache
 from model.aurora.group import GroupInputs, GroupOutput, group_forward
+from model.aurora.prompter import Prompter
 from model.sam import Segmenter
 from model.videollama2.backbone import VideoLlama2
 from model.videollama2.splice import splice
@@ -54,6 +55,7 @@ class AuroraModel(nn.Module):
         segmenter: SAM.
         seg_token_id: id of [SEG].
         feature_cache: where features of frozen towers are kept; None = nowhere.
+        prompter: what prompts SAM; None = the [SEG] token.
 
     Raises:
         ValueError: the embedding matrix has no row for [SEG].
@@ -65,6 +67,7 @@ class AuroraModel(nn.Module):
         segmenter: Segmenter,
         seg_token_id: int,
         feature_cache: FeatureCache | None = None,
+        prompter: Prompter | None = None,
     ) -> None:
         super().__init__()
         rows, width = backbone.language_model.get_input_embeddings().weight.shape
@@ -74,6 +77,8 @@ class AuroraModel(nn.Module):
         self.segmenter = segmenter
         self.seg_token_id = seg_token_id
         self.feature_cache = FeatureCache("none") if feature_cache is None else feature_cache
+        self.prompter = Prompter() if prompter is None else prompter
+        width = self.prompter.width or width
         # One entry of a list, as checkpoints of LISA and AURORA name it (published code LISA_sft_distill.py:94-100).
         projection = nn.Sequential(
             nn.Linear(width, width), nn.ReLU(), nn.Linear(width, segmenter.prompt_width), nn.Dropout(0.0)
@@ -88,12 +93,8 @@ class AuroraModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> AuroraModel:
-        """The model of an export, in eval mode; options: dtype, device, attention, base, sam_checkpoint.
-
-        See `model.aurora.export.from_pretrained`.
-        """
+        """The model of an export, in eval mode; see `model.aurora.export.from_pretrained` for the options."""
         from model.aurora.export import from_pretrained  # imported late: it builds on this class
-
         return from_pretrained(folder, **options)
 
     def save_pretrained(self, folder: str | Path, merge: bool = True) -> Path:
@@ -106,10 +107,15 @@ class AuroraModel(nn.Module):
     def device(self) -> torch.device:
         return self.backbone.device
 
+    @property
+    def components(self) -> tuple[str, ...]:
+        """`COMPONENTS`, and the prompter where it has parameters of its own."""
+        return COMPONENTS if next(self.prompter.parameters(), None) is None else (*COMPONENTS, "prompter")
+
     def train(self, mode: bool = True) -> AuroraModel:
         """As `nn.Module.train`, but a component without trainable parameters stays in eval mode."""
         super().train(mode)
-        for name in COMPONENTS:
+        for name in self.components:
             if self.is_frozen(name):
                 self.get_submodule(name).eval()
         return self
@@ -139,8 +145,9 @@ class AuroraModel(nn.Module):
         config = self.backbone.config
         video, audio = config.video_tokens(batch.pixel_values.shape[1]), config.audio_tokens(batch.fbank.shape[1])
         rows = [p.cpu() for p in (batch.prompts if prompts is None else prompts)]
-        ends = None if answers is None else [a.cpu() for a in answers]
-        return splice(rows, ends, video, audio, self.seg_token_id, padding_side=padding_side).to(self.device)
+        ends = self.prompter.extend(None if answers is None else [a.cpu() for a in answers])
+        packed = splice(rows, ends, video, audio, self.seg_token_id, padding_side=padding_side)
+        return self.prompter.mark(packed).to(self.device)
 
     def encode(
         self,
@@ -181,17 +188,16 @@ class AuroraModel(nn.Module):
             return self.segmenter.encode(batch.sam_pixels[rows].to(device))
 
         ready = MediaFeatures(None, None) if reuse is None else reuse
-        return MediaFeatures(
-            video=self._tower(
-                "vision_tower", "mm_projector", patches, batch.pixel_values, video_keys, cache, ready.video
-            ),
-            audio=self._tower("audio_tower", "mm_projector_a", sounds, batch.fbank, audio_keys, cache, ready.audio),
-            image_embeddings=self._frozen(
-                "image_encoder", images, batch.sam_pixels, clip_keys, cache, ready.image_embeddings
-            )
-            if masks
-            else None,
-        )
+        found = MediaFeatures(None, None)
+        if self.prompter.writes:
+            inputs = batch.pixel_values, video_keys, cache, ready.video
+            found.video = self._tower("vision_tower", "mm_projector", patches, *inputs)
+            inputs = batch.fbank, audio_keys, cache, ready.audio
+            found.audio = self._tower("audio_tower", "mm_projector_a", sounds, *inputs)
+        if masks:
+            known = ready.image_embeddings
+            found.image_embeddings = self._frozen("image_encoder", images, batch.sam_pixels, clip_keys, cache, known)
+        return found
 
     def _tower(
         self,
@@ -246,8 +252,8 @@ class AuroraModel(nn.Module):
         labels = packed.labels[:, 1:]
         predicts = labels != IGNORE
         seg_features = self.seg_features(hidden, packed)
-        logits = self.backbone.language_model.lm_head(hidden[:, :-1][predicts])
-        if logits.dtype == torch.float16:
+        logits = self.backbone.language_model.lm_head(hidden[:, :-1][predicts]) if self.prompter.writes else None
+        if logits is not None and logits.dtype == torch.float16:
             check_logits(logits)
         return AuroraOutput(
             hidden=hidden,
@@ -260,11 +266,7 @@ class AuroraModel(nn.Module):
 
     def hidden_states(self, packed: PackedInputs, media: MediaFeatures) -> Tensor:
         """Final-norm hidden states [B,S,D] of the spliced rows."""
-        embeddings = self.backbone.embed(packed, media)
-        decoder = self.backbone.language_model.model
-        return decoder(
-            inputs_embeds=embeddings, attention_mask=packed.attention_mask, use_cache=False
-        ).last_hidden_state
+        return self.prompter.hidden_states(self.backbone, packed, media)
 
     def project(self, hidden: Tensor) -> Tensor:
         """[B,D] hidden states at [SEG] -> [B,C] prompts for SAM (f_s of paper eq. 2)."""
@@ -272,9 +274,7 @@ class AuroraModel(nn.Module):
 
     def seg_features(self, hidden: Tensor, packed: PackedInputs) -> Tensor:
         """[B,S,D] hidden states -> [B,C] projected state at each row's last [SEG], zero without one."""
-        rows = torch.arange(len(hidden), device=hidden.device)
-        at_seg = hidden[rows, packed.seg_positions.clamp(min=0)]
-        return self.project(at_seg).masked_fill(~packed.has_seg[:, None], 0)
+        return self.prompter.features(hidden, packed, self.project)
 
     def decode_masks(
         self, seg_features: Tensor, has_seg: Tensor, image_embeddings: Tensor | None, frame_index: Tensor | None = None

@@ -2,8 +2,8 @@
 
 A folder with two files:
 
-    trained.safetensors   every parameter that this or an earlier stage trained, and always text_hidden_fcs and SAM's
-                          mask decoder, so that one file says how masks are made
+    trained.safetensors   every parameter that this or an earlier stage trained, and always text_hidden_fcs, learnable
+                          tokens and SAM's mask decoder, so that one file says how masks are made
     trained.json          settings that the names depend on, names, digest of the other file
 
 Strict both ways: a tensor without a place in the model and a parameter that was or is trained without a tensor are
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from configs.schema import TrainableConfig
 from model.aurora.adapters import MASK_DECODER, SEG_HEAD
 from model.aurora.model import AuroraModel
+from model.aurora.prompter import QUERIES
 from utils.errors import WeightsError
 
 TENSORS = "trained.safetensors"
@@ -56,7 +57,7 @@ def trained_names(model: AuroraModel) -> set[str]:
     return {
         name
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad or name in model.loaded_names or name.startswith((SEG_HEAD, MASK_DECODER))
+        if parameter.requires_grad or name in model.loaded_names or name.startswith((SEG_HEAD, QUERIES, MASK_DECODER))
     }
 
 

@@ -62,6 +62,10 @@ class Stage(ABC):
     def loss(self, prepared: Any) -> StepLoss:
         """The differentiable loss of a prepared batch and its parts to log."""
 
+    def samples(self) -> list[dict[str, Any]]:
+        """Answers that training itself drew last, for samples.jsonl; none = the loop asks for greedy ones."""
+        return []
+
 
 @dataclass
 class Prepared:
@@ -93,7 +97,8 @@ class SupervisedStage(Stage):
         masks = answer_mask_losses(
             self.model, output, prepared.batch, prepared.frame_index, longest=self.config.loss.mask_side
         )
-        return combine(self.config.loss, cross_entropy(output), masks, self.distillation(prepared, output))
+        words = cross_entropy(output) if self.model.prompter.writes else output.seg_features.new_zeros(())
+        return combine(self.config.loss, words, masks, self.distillation(prepared, output))
 
     def distillation(self, prepared: Prepared, output: AuroraOutput) -> Tensor | None:
         """Unweighted distance to a teacher's features; None = no such term in this stage."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from configs.schema import RunConfig
 from model.aurora.group import shared_prompt_states
 from model.aurora.meta import build_meta_model
-from model.aurora.model import COMPONENTS, AuroraModel
+from model.aurora.model import AuroraModel
 from model.aurora.trained import trained_names
 from model.objectives.mask import loss_shape, mask_losses, shrink_target
 from model.objectives.policy import token_log_probs
@@ -51,7 +51,7 @@ def measure(
     model = build_meta_model(_without_flash(config), sizes) if model is None else model
     element = torch.empty((), dtype=model.backbone.dtype).element_size()
     weights = {
-        name: sum(p.numel() for p in model.get_submodule(name).parameters()) * element for name in COMPONENTS
+        name: sum(p.numel() for p in model.get_submodule(name).parameters()) * element for name in model.components
     }
     own = config.engine.gradient_checkpointing and config.stage != "eval"
     phases = {}
@@ -59,7 +59,7 @@ def measure(
         model.backbone.set_gradient_checkpointing(checkpointing)
         phases[checkpointing] = tuple(_phases(model, config, work))
     changed = [p for p in model.parameters() if p.requires_grad]
-    parts = {name: model.get_submodule(name).parameters() for name in COMPONENTS}
+    parts = {name: model.get_submodule(name).parameters() for name in model.components}
     distils = config.stage == "sft" and config.loss.distill > 0
     return Footprint(
         stage=config.stage,
