@@ -54,6 +54,40 @@ STAGES = {
 """Our stage (or `plain`: stage sft with data.answer plain) -> what the paper's ablations report after it."""
 
 
+
+def _same(method: str, stage: str) -> Published:
+    """A line that repeats the scores of a stage."""
+    return Published(method, _ABLATION, STAGES[stage].scores)
+
+
+_ABLATION = "ablation"
+ABLATIONS: dict[int, tuple[Published, ...]] = {
+    2: (
+        _line("w/o MLLM", _ABLATION, 39.2, 48.7, 44.0, 34.0, 46.3, 40.2),
+        _same("w/o CoT", "plain"),
+        _same("CoT", "sft"),
+    ),
+    3: (_line("w/o distillation", _ABLATION, 60.2, 70.2, 65.2, 65.7, 72.4, 69.1), _same("with distillation", "sft")),
+    4: (
+        _line("SFT+GRPO", _ABLATION, 62.0, 71.5, 66.8, 69.1, 76.1, 72.6),
+        _line("SFT+CT+GRPO", _ABLATION, 62.7, 72.3, 67.5, 67.7, 74.4, 71.1),
+        _same("SFT+CRT+GRPO", "grpo"),
+    ),
+    5: (
+        _same("with Reflective", "reflective"),
+        _line("format + IoU", _ABLATION, 62.4, 72.2, 67.3, 68.3, 75.4, 71.9),
+        _same("format + IoU + class", "grpo"),
+    ),
+    7: (
+        _line("seg+MLLM", _ABLATION, 46.5, 55.9, 51.2, 52.3, 59.4, 55.9),
+        _line("MLLM+seg", _ABLATION, 15.0, 19.1, 17.1, 33.9, 41.9, 37.9),
+        _same("SFT+w/o CoT", "plain"),
+    ),
+    8: (_line("Fixed Format", _ABLATION, 61.0, 70.1, 65.6, 66.4, 72.7, 69.6), _same("Flexible Format", "sft")),
+}
+"""Tables 2-5, 7 and 8: lines in the paper's order; several tables report the same run."""
+
+
 def stage_key(stage: str, answer: str) -> str:
     """The key of `STAGES` for a checkpoint of `stage` trained on answers of kind `answer`; it may be absent there."""
     return "plain" if stage == "sft" and answer == "plain" else stage

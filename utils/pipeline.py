@@ -64,10 +64,12 @@ class Pipeline:
         folder: of the stamps.
         processes: of a step that is `parallel`.
         lock: keeps a second run (or a command that outlived its parent) from writing the same files.
+        any_code: whether a finished step counts though files that it depends on have changed since.
     """
 
-    def __init__(self, root: Path, folder: Path, processes: int, lock: IO[str]) -> None:
+    def __init__(self, root: Path, folder: Path, processes: int, lock: IO[str], any_code: bool = False) -> None:
         self.root, self.stamps, self.processes, self.lock = root, folder / "steps", processes, lock
+        self.any_code = any_code
         self.hashes: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
 
@@ -77,27 +79,38 @@ class Pipeline:
         Raises:
             StepError: the command ended with another status than 0, or left no output.
         """
-        self.hashes[step.name] = digest = self._digest(step)
+        if self.is_done(step):
+            print(f"== {step.name}: done before in {self.seconds[step.name]:.0f} s", flush=True)
+            return
+        digest = self.hashes[step.name]
         stamps = step.stamps or self.stamps
         done, begun = stamps / f"{step.name}.json", stamps / f"{step.name}.begun"
-        stamp = json.loads(done.read_text()) if done.is_file() else {}
-        if stamp.get("hash") == digest and step.output.exists():
-            self.seconds[step.name] = stamp["seconds"]
-            print(f"== {step.name}: done before in {stamp['seconds']:.0f} s", flush=True)
-            return
-        if begun.is_file() and begun.read_text() != digest:
-            shutil.rmtree(step.folder, ignore_errors=True)
+        if begun.is_file() and begun.read_text() != digest and not self.any_code:
+            shutil.rmtree(self.root / step.folder, ignore_errors=True)
         write_bytes(begun, digest.encode())
         command = self._launched(step)
         print(f"== {step.name}: {shlex.join(command)}", flush=True)
         start = time.monotonic()
         status = self._call(command)
         seconds = time.monotonic() - start
-        if status != 0 or not step.output.exists():
+        if status != 0 or not self._output(step).exists():
             reason = f"ended with status {status}" if status else f"left no {step.output}"
             raise StepError(f"step {step.name} {reason}: {shlex.join(command)}. Remedy: see its message above.")
         write_json(done, {"hash": digest, "seconds": seconds, "command": command})
         self.seconds[step.name] = seconds
+
+    def is_done(self, step: Step) -> bool:
+        """Whether a step need not run; asked of all steps before it, as its hash holds theirs. Notes its seconds."""
+        self.hashes[step.name] = digest = self._digest(step)
+        path = (step.stamps or self.stamps) / f"{step.name}.json"
+        stamp = json.loads(path.read_text()) if path.is_file() else {}
+        done = bool(stamp) and (self.any_code or stamp["hash"] == digest) and self._output(step).exists()
+        if done:
+            self.seconds[step.name] = stamp["seconds"]
+        return done
+
+    def _output(self, step: Step) -> Path:
+        return self.root / step.output
 
     def _launched(self, step: Step) -> tuple[str, ...]:
         """The command line; the launcher is no part of a step's hash, since its port changes."""
