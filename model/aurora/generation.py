@@ -1,8 +1,8 @@
 """Answers drawn token by token: prompts prefilled once, their cache shared by a group, [SEG] states kept on the way.
 
-Own loop over the language model with a `DynamicCache`, because three things are wanted that `generate` does not give:
-the prompt is prefilled once for a whole group (2 to 4 times faster than `num_return_sequences`), the hidden state AT
-[SEG] is captured in the step that consumes [SEG] (the published code regenerates the full sequence for it,
+Own loop over the language model with a `SharedCache`, because three things are wanted that `generate` does not give:
+the prompt is prefilled, kept and read once for a whole group (docs/grpo.md has the figures), the hidden state AT [SEG]
+is captured in the step that consumes [SEG] (the published code regenerates the full sequence for it,
 LISA_sft_distill.py:256-282), and dropout and gradient checkpointing are off whatever mode the model is in (published
 rollouts run in train mode, LISA_grpo.py:436-449).
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from model.aurora.model import AuroraModel, evaluating
+from model.aurora.shared_cache import SharedCache
 from utils.guards import check_logits
 from utils.types import Batch, Generation, MediaFeatures
 
@@ -117,25 +118,30 @@ def generate(
         raise ValueError(f"max_new_tokens {max_new_tokens} and group {group} must be at least 1")
     sampling = Sampling(temperature, top_p, generator)
     with evaluating(model):
-        return _Rollout(model, batch, media, group).run(tokenizer, max_new_tokens, sampling, everyone)
+        return _Rollout(model, batch, media, group, max_new_tokens).run(tokenizer, max_new_tokens, sampling, everyone)
 
 
 class _Rollout:
     """The prefilled prompts and the state of the R = B * group answers that grow behind them."""
 
-    def __init__(self, model: AuroraModel, batch: Batch, media: MediaFeatures, group: int) -> None:
+    def __init__(self, model: AuroraModel, batch: Batch, media: MediaFeatures, group: int, longest: int) -> None:
         self.model = model
         self.language_model = model.backbone.language_model
-        # Left padding, so that every prompt ends in the last column and each step appends one column for all rows.
+        # Left padding, so that every prompt ends in the last column.
         packed = model.pack(batch, None, padding_side="left")
-        self.cache = DynamicCache(config=self.language_model.config)
-        self.mask = packed.attention_mask
-        positions = (self.mask.long().cumsum(-1) - 1).clamp(min=0)
-        hidden = self._decode(model.backbone.embed(packed, media), positions)
-        self.cache.batch_repeat_interleave(group)
-        self.mask = self.mask.repeat_interleave(group, 0)
-        self.next_position = positions[:, -1:].repeat_interleave(group, 0) + 1
-        self.hidden = hidden.repeat_interleave(group, 0)  # [R,D] state that predicts the next token
+        cache = DynamicCache(config=self.language_model.config)
+        positions = (packed.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        prefilled = self.language_model.model(
+            inputs_embeds=model.backbone.embed(packed, media),
+            attention_mask=packed.attention_mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        self.cache = SharedCache(self.language_model.model, cache, packed.attention_mask, group, longest)
+        self.next_position = positions[:, -1].repeat_interleave(group, 0) + 1
+        self.hidden = prefilled.last_hidden_state[:, -1].repeat_interleave(group, 0)
+        """[R,D] state that predicts the next token"""
 
     def run(
         self,
@@ -175,21 +181,9 @@ class _Rollout:
 
     def _append(self, tokens: Tensor) -> None:
         """Feed one token [R] to each row."""
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
-        words = self.language_model.get_input_embeddings()(tokens[:, None])
-        self.hidden = self._decode(words, self.next_position)
+        words = self.language_model.get_input_embeddings()(tokens[:, None])[:, 0]
+        self.hidden = self.cache.step(words, self.next_position)
         self.next_position = self.next_position + 1
-
-    def _decode(self, embeddings: Tensor, positions: Tensor) -> Tensor:
-        """[R,S,D] new embeddings behind the cache -> final-norm hidden state [R,D] of the last one."""
-        output = self.language_model.model(
-            inputs_embeds=embeddings,
-            attention_mask=self.mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        return output.last_hidden_state[:, -1]
 
 
 def _collect(
