@@ -5,24 +5,25 @@
 
 scoring   forward and backward of the answers' log-probabilities; plain: one batch of G copies of prompt + answer
 sampling  C tokens for each of G answers; plain: transformers' generate(num_return_sequences=G) from the same embeddings
+step      a whole step with towers and SAM of the mini base: encoding, sampling, rewards with masks, scoring with mask
+          losses forward and backward, AdamW; plain: every part once per answer (model.stages.plain_grpo)
 memory    peak resident memory of scoring beyond that of the loaded model, each path in a process of its own
 
-Beside each scoring figure stands the limit set by token counts, G (P + C) / (P + G C). Loss and gradients
-of the two are compared, and the samples at an equal seed, which warms both up; then they are timed in turns and medians
-are printed.
-The towers are no part of this: both paths would run them, ours once per clip.
+Beside each figure stands what it is to reach: for scoring the limit of token counts, G (P + C) / (P + G C). Loss and
+gradients of the two are compared, and the samples at an equal seed, which warms both up; then they are timed in turns
+and medians are printed. On a busy machine, --clock cpu with one thread counts processor time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,19 +37,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model.aurora.generation import generate  # noqa: E402 - the repository root must be on the path first
 from model.aurora.group import shared_prompt_states  # noqa: E402
 from model.objectives.policy import token_log_probs  # noqa: E402
+from model.stages.bench_grpo import StepCase  # noqa: E402
 from utils.types import MediaFeatures  # noqa: E402
 
-PARTS = ("scoring", "sampling", "memory")
+WANTED = {"scoring": None, "sampling": {3: 1.4, 8: 2.0}, "step": 1.8, "memory": 1.0}
+"""Part -> wanted ratio of plain to fast: a number, one by group size, or None for the limit of token counts."""
+UNITS = {"scoring": "s", "sampling": "s", "step": "s", "memory": "MiB"}
+
+
+def sizes(arguments: argparse.Namespace) -> dict[str, int]:
+    """Fields of the language model's configuration: 8 heads, 2 of keys and values."""
+    return {"vocab_size": arguments.vocabulary, "hidden_size": arguments.width,
+            "intermediate_size": 4 * arguments.width, "num_hidden_layers": arguments.layers, "num_attention_heads": 8,
+            "num_key_value_heads": 2, "max_position_embeddings": 8192}  # fmt: skip
 
 
 def build(arguments: argparse.Namespace) -> Qwen2ForCausalLM:
-    """A random Qwen2 of the asked size: 8 heads, 2 of keys and values."""
+    """A random Qwen2 of the asked size."""
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=arguments.vocabulary, hidden_size=arguments.width, intermediate_size=4 * arguments.width,
-        num_hidden_layers=arguments.layers, num_attention_heads=8, num_key_value_heads=2,
-        max_position_embeddings=8192, tie_word_embeddings=False, attn_implementation="sdpa",
-    )  # fmt: skip
+    config = Qwen2Config(**sizes(arguments), tie_word_embeddings=False, attn_implementation="sdpa")
     config.bos_token_id = config.eos_token_id = config.pad_token_id = None
     return Qwen2ForCausalLM(config).eval()
 
@@ -143,27 +150,37 @@ def timed(paths: dict[str, Callable[[], Tensor]], repeats: int, clock: str) -> d
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def measure(arguments: argparse.Namespace, prompt: int, group: int, threads: int) -> dict[str, Any]:
-    """All parts of one case."""
+def measure(arguments: argparse.Namespace, prompt: int, group: int, threads: int) -> Iterator[dict[str, Any]]:
+    """One case, part by part: the same row with one more part each time."""
     torch.set_num_threads(threads)
     case = Case(build(arguments), prompt, group, arguments.new_tokens)
-    tokens = arguments.new_tokens
+    tokens, repeats, clock = arguments.new_tokens, arguments.repeats, arguments.clock
     row: dict[str, Any] = {"prompt": prompt, "group": group, "threads": threads, "new_tokens": tokens,
-                           "clock": arguments.clock, "repeats": arguments.repeats,
+                           "clock": clock, "repeats": repeats,
                            "limit": group * (prompt + tokens) / (prompt + group * tokens)}  # fmt: skip
     if "scoring" in arguments.parts:
         loss, ours = case.fast(), case.gradients()
         plain_loss, plain = case.plain(), case.gradients()
         row["loss_apart"] = float((loss - plain_loss).abs() / plain_loss.abs())
         row["gradients_apart"] = float((ours - plain).norm() / plain.norm())
-        row["scoring"] = timed({"fast": case.fast, "plain": case.plain}, arguments.repeats, arguments.clock)
+        del ours, plain
+        row["scoring"] = timed({"fast": case.fast, "plain": case.plain}, repeats, clock)
+        yield row
     if "sampling" in arguments.parts:
         row["same_samples"] = bool(torch.equal(case.sample(), case.sample_plain()))
-        paths = {"fast": case.sample, "plain": case.sample_plain}
-        row["sampling"] = timed(paths, arguments.repeats, arguments.clock)
+        row["sampling"] = timed({"fast": case.sample, "plain": case.sample_plain}, repeats, clock)
+        yield row
+    if "step" in arguments.parts:
+        del case
+        with tempfile.TemporaryDirectory() as folder:
+            step = StepCase(Path(folder), sizes(arguments), prompt, group, tokens)
+            fast, plain = float(step.fast()), float(step.plain())
+            row["step_loss_apart"] = abs(fast - plain) / abs(plain)
+            row["step"] = timed({"fast": step.fast, "plain": step.plain}, repeats, clock)
+        yield row
     if "memory" in arguments.parts:
         row["memory"] = {path: peak(arguments, prompt, group, path) for path in ("fast", "plain")}
-    return row
+        yield row
 
 
 def peak(arguments: argparse.Namespace, prompt: int, group: int, path: str) -> float:
@@ -175,27 +192,37 @@ def peak(arguments: argparse.Namespace, prompt: int, group: int, path: str) -> f
 
 
 def child(arguments: argparse.Namespace) -> None:
+    """Print the MiB that one pass adds to the peak of this process."""
     torch.set_num_threads(1)
     case = Case(build(arguments), arguments.prompts[0], arguments.groups[0], arguments.new_tokens)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident()
     getattr(case, arguments.child)()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(peak_resident() - before)
+
+
+def peak_resident() -> float:
+    """Largest resident memory of this process so far, MiB (Linux; getrusage would count that of the parent too)."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def describe(row: dict[str, Any]) -> str:
-    """One line per part."""
-    lines = [f"P = {row['prompt']}, G = {row['group']}, C = {row['new_tokens']}, {row['threads']} thread(s)"]
-    for name, unit in (("scoring", "s"), ("sampling", "s"), ("memory", "MiB")):
-        if name in row:
-            fast, plain = row[name]["fast"], row[name]["plain"]
-            limit = f"   limit {row['limit']:.2f}x" if name == "scoring" else ""
-            figures = f"fast {fast:8.2f} {unit}   plain {plain:8.2f} {unit}   {plain / fast:.2f}x"
-            lines.append(f"  {name:<9} {figures}{limit}")
-    if "scoring" in row:
-        lines.append(f"  apart: loss {row['loss_apart']:.1e}, gradients {row['gradients_apart']:.1e} (relative)")
-    if "sampling" in row:
-        lines.append(f"  samples equal at an equal seed: {row['same_samples']}")
-    return "\n".join(lines)
+    """What the newest part of a row says."""
+    name = [name for name in UNITS if name in row][-1]
+    case = f"P = {row['prompt']}, G = {row['group']}, C = {row['new_tokens']}, {row['threads']} thread(s)"
+    fast, plain, unit = row[name]["fast"], row[name]["plain"], UNITS[name]
+    text = f"{case}  {name:<9} fast {fast:8.2f} {unit}   plain {plain:8.2f} {unit}   {plain / fast:.2f}x"
+    if name == "scoring":
+        apart = f"loss {row['loss_apart']:.1e}, gradients {row['gradients_apart']:.1e} relative"
+        return f"{text}   limit {row['limit']:.2f}x, wanted {0.9 * row['limit']:.2f}x   apart: {apart}"
+    wanted = WANTED[name].get(row["group"]) if isinstance(WANTED[name], dict) else WANTED[name]
+    if wanted is not None:
+        text += f"   wanted {wanted:.1f}x"
+    if name == "sampling":
+        text += f"   samples equal at an equal seed: {row['same_samples']}"
+    if name == "step":
+        text += f"   losses apart: {row['step_loss_apart']:.1e} relative"
+    return text
 
 
 def main() -> None:
@@ -211,22 +238,22 @@ def main() -> None:
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, for one thread on a busy machine"
     )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=UNITS, default=list(UNITS))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", choices=("fast", "plain"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         child(arguments)
         return
-    rows = []
-    for prompt in arguments.prompts:
-        for group in arguments.groups:
-            for threads in arguments.threads:
-                rows.append(measure(arguments, prompt, group, threads))
-                print(describe(rows[-1]), flush=True)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    cases = [(p, g, t) for p in arguments.prompts for g in arguments.groups for t in arguments.threads]
+    rows: dict[tuple[int, int, int], dict[str, Any]] = {}
+    for case in cases:
+        for row in measure(arguments, *case):
+            rows[case] = row
+            print(describe(row), flush=True)
+            if arguments.json:
+                arguments.json.parent.mkdir(parents=True, exist_ok=True)
+                arguments.json.write_text(json.dumps(list(rows.values()), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

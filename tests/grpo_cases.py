@@ -1,8 +1,8 @@
-"""Rollouts with given answers, a plain engine to compare with, and the processes that tests/test_grpo.py starts.
+"""Rollouts with given answers, and the processes that tests/test_grpo.py starts.
 
-    python -m torch.distributed.run --standalone --nproc-per-node=2 -m tests.grpo_cases ZERO_STAGE
+    python -m torch.distributed.run --standalone --nproc-per-node=2 -m tests.grpo_cases ZERO_STAGE...
 
-prints one JSON object: case -> losses of all processes and whether their weights agree after a step.
+prints one JSON object: stage -> case -> losses of all processes and whether their weights agree after its steps.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
+import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from configs.schema import RunConfig, TrainableConfig
 from model.aurora import generation
-from model.aurora.group import GroupInputs, GroupOutput
-from model.aurora.model import AuroraModel
 from model.objectives.rewards import Judged
-from model.stages.grpo import GrpoStage
+from model.stages import grpo
+from model.stages.grpo import GrpoStage, Rollouts
 from tests.aurora_cases import LORA, SEG, STOP, StubTokenizer, run_config, tiny_batch, tiny_model, tiny_sample
 from utils import distributed
-from utils.types import Batch, Generation, MediaFeatures
+from utils.types import Batch, Generation
 
 RAGGED = ([5, 6, SEG, 7, STOP], [9, SEG], [8, 4, 3], [2, SEG, 4, SEG, 7, 6, 11, STOP], [STOP], [3, 5, SEG, STOP])
 """Three answers for each of two clips: one [SEG], [SEG] last, cut off without [SEG], two [SEG], nothing, short."""
@@ -76,28 +76,17 @@ def given(answers: Sequence[Sequence[int]], width: int) -> Generation:
     return Generation(ids, texts, seg_hidden, has_seg, truncated, [torch.zeros(len(x)) for x in ids])
 
 
-class PlainEngine(nn.Module):
-    """The stage's engine without any sharing: G full copies of each prompt through the ordinary forward."""
+def draw_ragged(monkeypatch: pytest.MonkeyPatch) -> Generation:
+    """Two clips, three ragged answers each, put in the place of sampling."""
+    answers = given(RAGGED, 64)
+    monkeypatch.setattr(grpo, "generate", lambda *_, **__: answers)
+    return answers
 
-    def __init__(self, model: AuroraModel, batch: Batch, answers: Generation, temperature: float) -> None:
-        super().__init__()
-        self.module, self.batch, self.answers, self.temperature = model, batch, answers, temperature
 
-    def forward(self, packed: GroupInputs, media: MediaFeatures, frame_index: Tensor | None) -> GroupOutput:
-        prompts = [p for p in self.batch.prompts for _ in range(packed.group)]
-        copies = self.module.pack(self.batch, self.answers.token_ids, prompts)
-        output = self.module(copies, media.repeat(packed.group), frame_index)
-        scores = F.log_softmax(output.answer_logits.float() / self.temperature, -1)
-        log_probs = scores.gather(-1, output.answer_labels[:, None])[:, 0]
-        entropy = -(scores.exp() * scores).sum(-1).detach()
-        places = torch.zeros(packed.targets.shape)
-        return GroupOutput(
-            places.masked_scatter(packed.mask, log_probs),
-            places.masked_scatter(packed.mask, entropy),
-            output.seg_features,
-            output.has_seg,
-            output.mask_logits,
-        )
+def with_advantages(prepared: Rollouts) -> Rollouts:
+    """Advantages of both signs, different for every answer."""
+    values = torch.tensor([1.0, -0.5, -0.7, 0.3, -1.2, 0.8])
+    return replace(prepared, advantages=replace(prepared.advantages, values=values))
 
 
 def _draw(rule: str, rank: int) -> object:
@@ -127,30 +116,30 @@ CASES: dict[str, dict[str, object]] = {
 
 
 def degenerate(zero_stage: int) -> dict[str, object]:
-    """Every case through the engine: two losses and steps each."""
+    """Every case through one engine, each from the weights that the one before it left."""
     from utils.engine import build_engine, trainable_state
 
+    # Layers are recomputed under ZeRO-3 alone, which has to gather them again for that.
+    config = grpo_config(LORA.model_copy(update={"lora_dropout": 0.0}), checkpointing=zero_stage == 3)
+    settings = config.engine.model_copy(update={"zero_stage": zero_stage, "micro_batch": 2, "accumulation": 1})
+    config = config.model_copy(update={"engine": settings})
+    model = tiny_model(config.trainable)
+    model.backbone.set_gradient_checkpointing(config.engine.gradient_checkpointing)
+    engine = build_engine(model, config)
+    batch = tiny_batch(*(tiny_sample(2 * distributed.rank() + i) for i in range(2)))
     found = {}
     for name, options in CASES.items():
-        trainable = LORA.model_copy(update={"lora_dropout": 0.0})
-        config = grpo_config(trainable, checkpointing=zero_stage == 3, **options)
-        engine_config = config.engine.model_copy(update={"zero_stage": zero_stage, "micro_batch": 2, "accumulation": 1})
-        config = config.model_copy(update={"engine": engine_config})
-        model = tiny_model(config.trainable)
-        model.backbone.set_gradient_checkpointing(config.engine.gradient_checkpointing)
-        engine = build_engine(model, config)
         engine.train()
-        stage = GrpoStage(config, engine, StubTokenizer())
-        batch = tiny_batch(*(tiny_sample(2 * distributed.rank() + i) for i in range(2)))
+        changed = config.model_copy(update={"grpo": grpo_config(**options).grpo})
+        stage = GrpoStage(changed, engine, StubTokenizer())
+        generation.Sampling.draw = _draw(name, distributed.rank())
+        prepared = stage.prepare(batch)
         losses = []
-        for _ in range(2):
-            generation.Sampling.draw = _draw(name, distributed.rank())
-            prepared = stage.prepare(batch)
-            for _ in range(config.grpo.updates_per_batch):
-                loss = stage.loss(prepared)
-                engine.backward(loss.total)
-                engine.step()
-                losses.append({k: float(v) for k, v in loss.parts.items()})
+        for _ in range(changed.grpo.updates_per_batch):
+            loss = stage.loss(prepared)
+            engine.backward(loss.total)
+            engine.step()
+            losses.append({k: float(v) for k, v in loss.parts.items()})
         sums = [float(x.double().sum()) for x in trainable_state(engine).values()]
         everyone = distributed.gather({"losses": losses, "sums": sums})
         found[name] = {
@@ -158,13 +147,13 @@ def degenerate(zero_stage: int) -> dict[str, object]:
             "same": all(one["sums"] == sums for one in everyone),
             "finite": all(math.isfinite(x) for x in sums),
         }
-        engine.destroy()
+    engine.destroy()
     return found
 
 
 if __name__ == "__main__":
     distributed.start(threads=1)
-    result = degenerate(int(sys.argv[1]))
+    result = {zero_stage: degenerate(int(zero_stage)) for zero_stage in sys.argv[1:]}
     if distributed.is_main():
         print(json.dumps(result))
     distributed.stop()

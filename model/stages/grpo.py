@@ -17,8 +17,10 @@ exactly 1 in every precision; those that sampling itself saw differ by rounding 
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +42,7 @@ from model.objectives.policy import (
 )
 from model.objectives.rewards import Judged, Rewards, frame_iou, load_rewards, names_class, score
 from model.stages.base import Stage, answer_mask_losses, draw_frames
+from model.stages.samples import Samples
 from utils import distributed
 from utils.errors import ConfigError, Problem
 from utils.types import Batch, Generation, MediaFeatures, StepLoss
@@ -68,6 +71,9 @@ class Rollouts:
     """float32 [R,L] log-probabilities under the policy of the stage's start; None at beta 0."""
     old_log_probs: Tensor | None = None
     """float32 [R,L]: kept by the first loss."""
+    tokens_per_second: float | None = None
+    """Tokens of the answers of all processes over the time since the answers before, training on those included; None
+    for the first."""
 
 
 class GrpoStage(Stage):
@@ -86,17 +92,31 @@ class GrpoStage(Stage):
         self.rewards = load_rewards(g.reward_weights, g.reward_module, g.class_scoring)
         self.reference = Reference(self.model) if g.beta > 0 else None
         self.with_masks = g.mask_loss_on != "none"
+        self._latest: Samples | None = None
+        self._drawn_at: float | None = None
+
+    def draw(self, batch: Batch) -> tuple[MediaFeatures, Generation]:
+        """Features of the B clips, and G answers about each."""
+        g = self.config.grpo
+        media = self.model.encode(batch)
+        answers = generate(
+            *(self.model, batch, media, self.tokenizer, g.max_new_tokens, g.group_size, g.temperature, g.top_p),
+            everyone=distributed.all_true if self.config.engine.zero_stage == 3 else None,
+        )
+        return media, answers
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> Rollouts:
         """Draw G answers per clip, judge each by its words and by its masks."""
         g, model = self.config.grpo, self.model.eval()
-        media = model.encode(batch)
-        answers = generate(
-            *(model, batch, media, self.tokenizer, g.max_new_tokens, g.group_size, g.temperature, g.top_p),
-            everyone=distributed.all_true if self.config.engine.zero_stage == 3 else None,
-        )
-        rewards = score(judge(model, batch, media, answers, g.group_size), self.rewards, g.reward_weights)
+        media, answers = self.draw(batch)
+        rate = self._rate(sum(map(len, answers.token_ids)))
+        judged, low = judge(model, batch, media, answers, g.group_size)
+        rewards = score(judged, self.rewards, g.reward_weights)
+        advantages = group_advantages(rewards.total.to(model.device), g.group_size, g.advantage, g.advantage_eps)
+        supervised = supervised_answers(g.mask_loss_on, batch, answers, rewards.total, g.group_size)
+        if self.config.log.samples_every:
+            self._latest = Samples(batch, judged, rewards, advantages.values.cpu(), supervised, low)
         packed = pack_group(
             model, batch, answers.token_ids, g.group_size, partial(token_log_probs, temperature=g.temperature)
         )
@@ -108,12 +128,22 @@ class GrpoStage(Stage):
             packed=packed,
             answers=answers,
             rewards=rewards,
-            advantages=group_advantages(rewards.total.to(device), g.group_size, g.advantage, g.advantage_eps),
+            advantages=advantages,
             trained=~(answers.truncated.to(device) & g.mask_truncated),
-            supervised=supervised_answers(g.mask_loss_on, batch, answers, rewards.total, g.group_size).to(device),
+            supervised=supervised.to(device),
             frame_index=None if frames is None else frames.repeat_interleave(g.group_size, 0),
             reference=None if self.reference is None else self.reference.log_probs(batch, packed),
+            tokens_per_second=rate,
         )
+
+    def samples(self) -> list[dict[str, Any]]:
+        """The answers that were drawn last, with their rewards and masks (kept where `log.samples_every` asks)."""
+        return [] if self._latest is None else self._latest.records(self.model.segmenter.upscale)
+
+    def _rate(self, tokens: int) -> float | None:
+        """See `Rollouts.tokens_per_second`; the last token was read from the device, so the clock is right on a GPU."""
+        before, self._drawn_at = self._drawn_at, time.perf_counter()
+        return None if before is None else tokens * distributed.world_size() / (self._drawn_at - before)
 
     def loss(self, prepared: Rollouts) -> StepLoss:
         """Clipped surrogate over the answers' tokens (eq. 5) and mask losses of the same answers (eq. 8)."""
@@ -143,7 +173,9 @@ class GrpoStage(Stage):
             # gradients there are, or their reduction waits for ever.
             total = total + bce + dice + 0 * output.mask_logits.float().sum()
         parts |= {"loss": total, **rollout_scalars(prepared, output)}
-        if g.top_p == 1:
+        if prepared.tokens_per_second is not None:
+            parts["tokens_per_second"] = torch.tensor(prepared.tokens_per_second)
+        if g.top_p == 1 and prepared.answers.log_probs is not None:
             answered = prepared.packed.mask
             seen = torch.cat(prepared.answers.log_probs)
             parts["sampling_gap"] = (prepared.old_log_probs[answered] - seen).abs().mean()
@@ -152,15 +184,19 @@ class GrpoStage(Stage):
 
 def judge(
     model: AuroraModel, batch: Batch, media: MediaFeatures, answers: Generation, group: int
-) -> list[Judged]:
-    """What the rewards may read of R answers; each clip's G masks are decoded together (IoU: of annotated frames)."""
+) -> tuple[list[Judged], list[Tensor]]:
+    """What the rewards may read of R answers, and their masks: B x [G,T,4h,4w] low-resolution logits.
+
+    Each clip's G masks are decoded together; the IoU is that of the annotated frames.
+    """
     features = model.project(answers.seg_hidden).masked_fill(~answers.has_seg[:, None], 0)
-    judged = []
+    judged, decoded = [], []
     for clip, sample in enumerate(batch.samples):
         rows = range(clip * group, (clip + 1) * group)
         images = media.image_embeddings[clip : clip + 1].expand(group, *media.image_embeddings.shape[1:])
         # Decoded without [SEG] too: under ZeRO-3 every process must make the same calls.
         low = model.decode_masks(features[rows.start : rows.stop], answers.has_seg[rows.start : rows.stop], images)
+        decoded.append(low)
         chosen = list(range(images.shape[1]) if sample.labelled is None else sample.labelled)
         masks = batch.masks[clip][chosen].to(low.device)
         for answer, logits in zip(rows, low[:, chosen], strict=True):
@@ -169,7 +205,7 @@ def judge(
             iou = frame_iou(model.segmenter.upscale(logits, batch.sam_sizes[clip], size), masks) if has_seg else 0.0
             truncated, length = bool(answers.truncated[answer]), len(answers.token_ids[answer])
             judged.append(Judged(answers.texts[answer], sample, iou, has_seg, truncated, length))
-    return judged
+    return judged, decoded
 
 
 def supervised_answers(rule: str, batch: Batch, answers: Generation, rewards: Tensor, group: int) -> Tensor:

@@ -1,0 +1,111 @@
+"""Stage 3 without any sharing: what the shared prompt is measured against, in tests and in scripts/bench_grpo.py.
+
+One batch of G full copies: every clip is encoded once per answer, transformers' `generate` prefills the prompt once per
+answer, and the answers are scored by the ordinary forward over G copies of prompt and answer. Generous to the plain way
+where the published code is not: logits exist at the answers' positions alone, and no clip is encoded again in the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from configs.schema import RunConfig
+from model.aurora.generation import STOP_TOKEN
+from model.aurora.group import GroupInputs, GroupOutput
+from model.aurora.model import AuroraModel
+from model.stages.grpo import GrpoStage, Rollouts
+from utils.types import Batch, Generation, MediaFeatures, StepLoss
+
+
+class PlainEngine(nn.Module):
+    """An engine that scores G full copies of each prompt with the ordinary forward."""
+
+    def __init__(self, model: AuroraModel, temperature: float) -> None:
+        super().__init__()
+        self.module, self.temperature = model, temperature
+        self.batch: Batch | None = None
+        self.answers: Sequence[Tensor] = ()
+        """Of the rollouts that are scored; to be set before each call."""
+
+    def forward(self, packed: GroupInputs, media: MediaFeatures, frame_index: Tensor | None) -> GroupOutput:
+        """As `group_forward`; of `packed`, only the layout of the answers is read."""
+        prompts = [p for p in self.batch.prompts for _ in range(packed.group)]
+        copies = self.module.pack(self.batch, self.answers, prompts)
+        output = self.module(copies, media.repeat(packed.group), frame_index)
+        scores = F.log_softmax(output.answer_logits.float() / self.temperature, -1)
+        log_probs = scores.gather(-1, output.answer_labels[:, None])[:, 0]
+        entropy = -(scores.exp() * scores).sum(-1).detach()
+        places = torch.zeros(packed.targets.shape, device=log_probs.device)
+        return GroupOutput(
+            places.masked_scatter(packed.mask, log_probs),
+            places.masked_scatter(packed.mask, entropy),
+            output.seg_features,
+            output.has_seg,
+            output.mask_logits,
+        )
+
+
+class PlainGrpoStage(GrpoStage):
+    """The same step, every part of it G times. One process, frozen towers."""
+
+    def __init__(self, config: RunConfig, model: AuroraModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        super().__init__(config, PlainEngine(model, config.grpo.temperature), tokenizer)
+
+    def draw(self, batch: Batch) -> tuple[MediaFeatures, Generation]:
+        """Encode each clip G times; answers from `generate(num_return_sequences=G)`."""
+        g, model = self.config.grpo, self.model
+        copies = model.encode(repeat(batch, g.group_size))
+        media = every(copies, g.group_size)
+        packed = model.pack(batch, None, padding_side="left")
+        stop = self.tokenizer.convert_tokens_to_ids(STOP_TOKEN)
+        drawn = model.backbone.language_model.generate(
+            inputs_embeds=model.backbone.embed(packed, media), attention_mask=packed.attention_mask.long(),
+            do_sample=True, temperature=g.temperature, top_k=0, top_p=g.top_p, max_new_tokens=g.max_new_tokens,
+            num_return_sequences=g.group_size, eos_token_id=stop, pad_token_id=0,
+        )  # fmt: skip
+        ids = [self._cut(row, stop) for row in drawn.cpu()]
+        has_seg = torch.tensor([bool((row == model.seg_token_id).any()) for row in ids], device=model.device)
+        texts = [self.tokenizer.decode([t for t in row.tolist() if t != stop]).strip() for row in ids]
+        cut_off = torch.tensor([int(row[-1]) != stop for row in ids], device=model.device)
+        width = model.backbone.language_model.get_input_embeddings().embedding_dim
+        states = torch.zeros(len(ids), width, device=model.device, dtype=model.backbone.dtype)
+        if bool(has_seg.any()):  # the published code regenerates the sequence for it (LISA_sft_distill.py:256-282)
+            rows = model.pack(batch, ids, [p for p in batch.prompts for _ in range(g.group_size)])
+            hidden = model.hidden_states(rows, replace(media, image_embeddings=None).repeat(g.group_size))
+            at = hidden[torch.arange(len(ids), device=hidden.device), rows.seg_positions.clamp(min=0)]
+            states = at.masked_fill(~has_seg[:, None], 0)
+        return media, Generation(ids, texts, states, has_seg, cut_off)
+
+    def loss(self, prepared: Rollouts) -> StepLoss:
+        """As the stage's, through `PlainEngine`."""
+        self.engine.batch, self.engine.answers = prepared.batch, prepared.answers.token_ids
+        return super().loss(prepared)
+
+    @staticmethod
+    def _cut(row: Tensor, stop: int) -> Tensor:
+        """Up to the stop token, itself included."""
+        ends = (row == stop).nonzero().flatten()
+        return row[: int(ends[0]) + 1] if len(ends) else row
+
+
+def repeat(batch: Batch, group: int) -> Batch:
+    """Each clip `group` times in a row."""
+    return Batch(
+        samples=[s for s in batch.samples for _ in range(group)],
+        pixel_values=batch.pixel_values.repeat_interleave(group, 0),
+        sam_pixels=batch.sam_pixels.repeat_interleave(group, 0),
+        fbank=batch.fbank.repeat_interleave(group, 0),
+        masks=[m for m in batch.masks for _ in range(group)],
+    )
+
+
+def every(media: MediaFeatures, group: int) -> MediaFeatures:
+    """The first of each `group` rows."""
+    images = media.image_embeddings
+    return MediaFeatures(media.video[::group], media.audio[::group], None if images is None else images[::group])
