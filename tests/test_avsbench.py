@@ -131,7 +131,7 @@ def test_only_annotated_frames_are_trained_rewarded_and_scored() -> None:
     ious = []
     for frame in (1, 0, 1):  # the second time an unannotated frame has been changed, the third time an annotated one
         with torch.no_grad():
-            ious.append(judge(model, batch, model.encode(batch), answers, 1)[0].iou)
+            ious.append(judge(model, batch, model.encode(batch), answers, 1)[0][0].iou)
         batch.masks[0] = batch.masks[0].clone()
         batch.masks[0][1 - frame] = ~batch.masks[0][1 - frame]
     assert ious[0] == ious[1] != ious[2]
