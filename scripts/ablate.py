@@ -4,7 +4,7 @@
     python scripts/ablate.py --table all --seeds 3 --docs docs/ablations_mini.md
     python scripts/ablate.py --table 2 --scale paper --dry-run      # the graph of runs with estimated GPU-hours
     python scripts/ablate.py --table 2 --scale paper --print-commands   # each run as a job of its own
-    python scripts/ablate.py --table 4 --only grpo-s0-1a2b3c4d5e    # one run; what it needs must have finished
+    python scripts/ablate.py --table 4 --only cot-s0-1a2b3c4d5e     # one run; what it needs must have finished
     python scripts/ablate.py --table 4 --report                     # tables of what has finished, no run
 
 Runs shared by rows and tables are made once. A finished run is not made again, an interrupted one continues; a changed
@@ -73,8 +73,8 @@ class Runner:
     def __init__(self, graph: Graph, any_code: bool) -> None:
         self.graph, self.setting = graph, graph.setting
         self.folder = self.setting.root / self.setting.out
-        with locked(self.folder / "locks/start") as lock:  # any open file: each run brings its own lock
-            self.pipeline = Pipeline(self.setting.root, self.folder, self.setting.gpus, lock, any_code)
+        with open(os.devnull) as idle:  # each run brings a lock of its own
+            self.pipeline = Pipeline(self.setting.root, self.folder, self.setting.gpus, idle, any_code)
 
     def finished(self) -> dict[str, float]:
         """Seconds of the steps that need not run."""

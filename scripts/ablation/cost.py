@@ -20,8 +20,8 @@ POSITIONS = 845 + 1496 + 300
 MATMUL, MEMORY = 0.4 * 149.7e12, 0.6 * 696e9
 ROWS = {"test_s": 2288, "test_u": 1656, "test_n": 1028, "test": 740}
 """Rows of the test splits: Ref-AVS's metadata.csv; AVSBench S4's test clips (Zhou et al. 2022, table 2)."""
-WRITTEN = 200
-"""Tokens of an answer with reasoning, about."""
+WRITTEN, SHORT = 200, 6
+"""Tokens of an answer with reasoning, about, and of "It is [SEG]."."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ def estimates(nodes: Mapping[str, Node], seconds: Mapping[str, float], scale: st
             found[name] = Estimate(seconds[name] * processes / 3600, "finished")
         elif like:
             found[name] = Estimate(sum(like) / len(like) * processes / 3600, f"mean of {len(like)} like it")
-        elif scale == "paper" and node.config is not None:
-            found[name] = Estimate(_arithmetic(node) / 3600, "arithmetic")
+        elif scale == "paper" and (guess := _arithmetic(node, nodes)) is not None:
+            found[name] = Estimate(guess / 3600, "arithmetic")
         else:
             found[name] = Estimate(None, "unknown until one like it has run")
     return found
@@ -76,17 +76,19 @@ def _like(a: Node, b: Node) -> bool:
     return a.kind == "train" and same and a.config.model.prompter == b.config.model.prompter
 
 
-def _arithmetic(node: Node) -> float:
-    """GPU-seconds of one node."""
-    config = node.config
-    write = WRITTEN * 2 * PARAMETERS / MEMORY
+def _arithmetic(node: Node, nodes: Mapping[str, Node]) -> float | None:
+    """GPU-seconds of one node; None for what the arithmetic does not cover (a text encoder, a command)."""
+    trained = next((nodes[n].config for n in node.needs if nodes[n].kind == "train"), None)
+    model = trained if node.kind == "evaluate" else node.config
+    if node.config is None or model is None or model.model.prompter == "text_encoder":
+        return None
+    words = SHORT if model.stage == "sft" and model.data.answer == "plain" else WRITTEN
+    write = words * 2 * PARAMETERS / MEMORY
     if node.kind == "evaluate":
         prefill = 2 * PARAMETERS * POSITIONS / MATMUL
-        return sum(ROWS.get(split, 0) for split in config.eval.splits) * (prefill + write)
-    engine = config.engine
-    clips = config.optim.steps * engine.micro_batch * engine.accumulation * GPUS["paper"]
-    if config.model.prompter == "text_encoder":
-        return 0.0
-    answers = config.grpo.group_size if config.stage == "grpo" else 1
+        return sum(ROWS.get(split, 0) for split in node.config.eval.splits) * (prefill + write)
+    engine = node.config.engine
+    clips = node.config.optim.steps * engine.micro_batch * engine.accumulation * GPUS["paper"]
+    answers = node.config.grpo.group_size if node.config.stage == "grpo" else 1
     seconds = 6 * PARAMETERS * (POSITIONS + (answers - 1) * WRITTEN) / MATMUL
-    return clips * (seconds + (write if config.stage == "grpo" else 0))
+    return clips * (seconds + (write if node.config.stage == "grpo" else 0))

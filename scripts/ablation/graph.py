@@ -69,7 +69,8 @@ TRAININGS: dict[str, Train] = {
     "wo_cot": Train(TEACHER),
     "wo_mllm": Train(),
     "wo_distill": Train(TEACHER),
-    "fixed": Train({**TEACHER, "data.cot": "[fixed_paths/train.jsonl]"}),
+    "fixed_teacher": Train({"data.cot": "[fixed_paths/train.jsonl]"}),
+    "fixed": Train({"sft.teacher_checkpoint": "fixed_teacher/final", "data.cot": "[fixed_paths/train.jsonl]"}),
     "crt": Train({"init_from": "cot/final", **MINED}),
     "ct": Train({"init_from": "cot/final", **MINED}),
     "sft_grpo": Train({"init_from": "cot/final"}),
@@ -90,8 +91,8 @@ COMMANDS: dict[str, Command] = {
          "--out", "{folder}/train.jsonl"),
         "train.jsonl", (*ENGINE_CODE, "scripts/generate_cot.py"), ("world",), seeded=False),
     "mine": Command(
-        ("scripts/mine_failures.py", "--config", "{configs}/eval.yaml", "--checkpoint", "{cot}/final",
-         "--out", "{folder}/failures.jsonl", "eval.limit=1500"),
+        ("scripts/mine_failures.py", "--config", "{configs}/mine.yaml", "--checkpoint", "{cot}/final",
+         "--out", "{folder}/failures.jsonl"),
         "failures.jsonl", (*EVAL_CODE, *ENGINE_CODE, "scripts/mine_failures.py"), ("world", "cot"), parallel=True),
     "correct": Command(
         ("scripts/correct_paths.py", "--data", DATA, "--failures", "{mine}/failures.jsonl",
@@ -187,6 +188,9 @@ class Graph:
         if self.setting.scale == "mini" and config.data.root == DATA:
             parents["world"] = self.add("world", 0)
         key, text = self._key(config, parents)
+        same = next((n for n in self.nodes.values() if n.kind == "train" and n.key == key), None)
+        if same is not None:  # another row's configuration says the same
+            return same
         folder = self.setting.out / f"{name}-s{seed}-{key}"
         command = self._overrides(values, parents, folder, seed)
         command += self._batch(config)
@@ -215,7 +219,7 @@ class Graph:
 
     def _command(self, name: str, spec: Command, seed: int) -> Node:
         parents = {other: self.add(other, seed) for other in spec.after}
-        mined = load_config(self.setting.root / self.setting.configs / "eval.yaml") if name == "mine" else None
+        mined = load_config(self.setting.root / self.setting.configs / "mine.yaml") if name == "mine" else None
         extra = [] if mined is None else [_dump(mined)]
         key = _hash([spec.arguments, *extra, *(p.key for p in parents.values())])
         folder = Path(spec.folder) if spec.folder else self.setting.out / f"{name}-s{seed}-{key}"

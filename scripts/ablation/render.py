@@ -14,6 +14,7 @@ from utils.report_style import CSS
 
 MINI = "Mini world, synthetic data: these numbers show what this code learns there, and say nothing about Ref-AVS."
 Cells = list[list[str]]
+_OPEN = "Open question: "
 _WORDS = {True: "yes", False: "no", None: "-"}
 
 
@@ -95,7 +96,7 @@ def csv_text(found: Outcome) -> str:
 
 
 def document(outcomes: Sequence[Outcome], seconds: float, before: str = "") -> str:
-    """All tables in one Markdown file; what stands between a table's note marks in `before` is kept.
+    """All tables in one Markdown file; lines of other hands between a table's note marks in `before` are kept.
 
     Args:
         outcomes: of the tables.
@@ -105,14 +106,21 @@ def document(outcomes: Sequence[Outcome], seconds: float, before: str = "") -> s
     parts = ["# Ablations on the mini world", MINI, INTRODUCTION, f"All finished runs: {seconds / 3600:.1f} hours.\n"]
     for found in outcomes:
         mark = f"notes of table {found.table.number}"
-        kept = re.search(rf"<!-- {mark} -->\n(.*?)<!-- end -->", before, re.DOTALL)
-        notes = kept[1] if kept else "".join(f"Open question: {q}.\n" for q in open_questions(found))
-        parts.append(f"{markdown(found, 2)}\n<!-- {mark} -->\n{notes}<!-- end -->\n")
+        parts.append(f"{markdown(found, 2)}\n<!-- {mark} -->\n{_notes(found, mark, before)}<!-- end -->\n")
     return "\n\n".join(parts)
 
 
+def _notes(found: Outcome, mark: str, before: str) -> str:
+    """What was written between the marks, and a line for each open question that it does not speak of."""
+    old = re.search(rf"<!-- {mark} -->\n(.*?)<!-- end -->", before, re.DOTALL)
+    kept = "".join(line for line in (old[1] if old else "").splitlines(True) if not line.startswith(_OPEN))
+    named = {question: question.partition(" (")[0] for question in open_questions(found)}
+    return kept + "".join(f"{_OPEN}{q}.\n" for q, name in named.items() if f"{name} " not in f"{kept} ")
+
+
 INTRODUCTION = """Written by `python scripts/ablate.py --table all --docs docs/ablations_mini.md` from finished runs \
-alone; what stands between the note marks below a table is kept when it is written again.
+alone. Explanations written between the note marks below a table are kept when it is written again; an open question \
+goes once the notes name it as it does ("<row> on <split>").
 
 What the mini world cannot show: its language has some hundred words, its chains follow a grammar, and its base was \
 pretrained on the same grammar, so that rows about the worth of language (Tables 2, 4, 8) have less to tell than with \
