@@ -243,15 +243,16 @@ def pretrain_sam(segmenter: Segmenter, bank: Bank, steps: int, report: Callable[
             report(f"sam {step} {share:.0%} dice {dice_mean:.3f} cells {right_mean:.3f} IoU {listed}")
 
 
-_PROMPTS = {"place": 0.4, "place with noise": 0.4, "point": 0.2}
+_PROMPTS = {"place": 0.2, "place with noise": 0.6, "point": 0.2}
 """What prompts tell, and how often."""
 
 
 def _place_prompt(places: nn.Embedding, wanted: Tensor, owner: Tensor, noisy: bool) -> tuple[Tensor, Tensor]:
     """A prompt naming the place of the wanted thing, and its mask."""
     prompts = places(wanted)
-    if noisy:  # words that SAM does not know must not drown those that it knows
-        prompts = prompts + 0.5 * torch.randn_like(prompts)
+    if noisy:  # what SAM does not know must not drown what it knows, and a faint word is heard like a loud one
+        loudness = torch.empty(len(wanted), 1).uniform_(-1.5, 1.5).exp()
+        prompts = loudness * (prompts + torch.rand(len(wanted), 1) * torch.randn_like(prompts))
     return prompts, (owner == wanted[:, None, None]).float()
 
 
