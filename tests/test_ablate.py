@@ -20,10 +20,11 @@ from scripts.ablate import main
 from scripts.ablation.cost import cost_table, estimates
 from scripts.ablation.graph import COMMANDS, TRAININGS, Graph, Setting, ancestors
 from scripts.ablation.render import document, html, markdown
-from scripts.ablation.results import Mean, mean_of, outcome
+from scripts.ablation.results import Difference, Mean, mean_of, outcome
 from scripts.ablation.tables import TABLES
 from scripts.make_mini_s4 import main as make_s4
 from tests.ablation_case import ROOT, log, make_project
+from utils.bootstrap import Estimate
 from utils.config import load_config
 from utils.errors import DataError
 from utils.paper import ABLATIONS
@@ -209,7 +210,7 @@ def test_tables_of_finished_runs(project: Path, capsys: pytest.CaptureFixture[st
     # Made-up scores: without distillation 4 points better in every row and seed, against the paper.
     assert (seen["paper"], round(seen["ours"], 6)) == (-0.8, 4.0)
     assert (seen["agrees"], seen["significant"]) == (False, True)
-    assert "w/o distillation on seen (other sign than the paper, significant)" in text
+    assert "w/o distillation on seen (not the paper's sign, significant)" in text
     page = (folder / "table_3.html").read_text()
     assert page.count("<table>") == 2 and "<script" not in page and "±" in page
 
@@ -245,6 +246,15 @@ def test_one_seed_is_never_significant(project: Path) -> None:
     broken.write_text(json.dumps({**facts, "scores": {}}))
     with pytest.raises(DataError, match="no scores of split test_s under protocol official"):
         outcome(TABLES[3], folders, (0,), 60.0)
+
+
+def test_no_difference_has_no_sign() -> None:
+    rows = TABLES[3].rows
+    signs = [
+        Difference(rows[0], rows[1], "test_s", paper, mean_of([ours]), Estimate(ours, None, None, 1, 1)).agrees
+        for paper, ours in ((-0.8, 0.0), (-0.8, -1.0), (-0.8, 1.0), (None, 1.0), (0.0, 1.0))
+    ]
+    assert signs == [False, True, False, None, None]
 
 
 def test_means_and_their_intervals() -> None:

@@ -49,7 +49,7 @@ def caption(found: Outcome) -> list[str]:
 
 def open_questions(found: Outcome) -> list[str]:
     """Differences that do not repeat the paper's: of the other sign, or not told from chance."""
-    named = {False: "other sign than the paper", True: "the paper's sign"}
+    named = {False: "not the paper's sign", True: "the paper's sign"}
     return [
         f"{d.row.method} on {SPLIT_TITLES[d.split]} ({named[d.agrees]}, "
         f"{'significant' if d.significant else 'not told from chance'})"

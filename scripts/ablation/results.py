@@ -72,8 +72,8 @@ class Difference:
 
     @property
     def agrees(self) -> bool | None:
-        """Whether ours has the paper's sign; None where the paper has none."""
-        return None if not self.paper else (self.over_seeds.value > 0) == (self.paper > 0)
+        """Whether ours has the paper's sign (no difference has none); None where the paper has no difference."""
+        return None if not self.paper else self.over_seeds.value * self.paper > 0
 
     @property
     def significant(self) -> bool | None:
