@@ -23,7 +23,6 @@ from configs.sections import (
     TrainableConfig,
 )
 from configs.stages import EvalConfig, GrpoConfig, ReflectiveConfig, SftConfig
-from configs.watch import WatchConfig
 
 __all__ = [
     "DataConfig",
@@ -39,7 +38,6 @@ __all__ = [
     "SftConfig",
     "StageName",
     "TrainableConfig",
-    "WatchConfig",
 ]
 
 StageName = Literal["teacher", "sft", "reflective", "grpo", "eval"]
@@ -73,7 +71,6 @@ class RunConfig(Section):
     engine: EngineConfig = EngineConfig()
     loss: LossConfig = LossConfig()
     log: LogConfig = LogConfig()
-    watch: WatchConfig = WatchConfig()
     sft: SftConfig = SftConfig()
     reflective: ReflectiveConfig = ReflectiveConfig()
     grpo: GrpoConfig = GrpoConfig()

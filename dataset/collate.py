@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -90,12 +89,7 @@ def build_loader(
 
 
 def init_worker(worker: int) -> None:
-    """One thread per worker: more would contend for the cores that the ranks share.
-
-    SIGTERM is left to the training process: a scheduler sends it to all, and a worker that died of it would end the run
-    before it has saved. Workers end with their parent.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """One thread per worker: more would contend for the cores that the ranks share."""
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
 
