@@ -1,7 +1,7 @@
 """The paper's ablations: train, evaluate and tabulate every row of a table.
 
     python scripts/ablate.py --table 4 --seeds 3                    # on the mini world
-    python scripts/ablate.py --table all --seeds 3 --docs docs/ablations_mini.md
+    python scripts/ablate.py --table all --seeds 3 --jobs 2 --docs docs/ablations_mini.md
     python scripts/ablate.py --table 2 --scale paper --dry-run      # the graph of runs with estimated GPU-hours
     python scripts/ablate.py --table 2 --scale paper --print-commands   # each run as a job of its own
     python scripts/ablate.py --table 4 --only cot-s0-1a2b3c4d5e     # one run; what it needs must have finished
@@ -25,13 +25,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from scripts.ablation.cost import cost_table, estimates  # noqa: E402 - the project's root must be on the path first
-from scripts.ablation.graph import GPUS, Graph, Node, Setting, ancestors  # noqa: E402
+from scripts.ablation.graph import GPUS, Graph, Setting, ancestors  # noqa: E402
 from scripts.ablation.render import csv_text, document, html, markdown  # noqa: E402
 from scripts.ablation.results import Outcome, outcome, to_json  # noqa: E402
+from scripts.ablation.runner import Runner  # noqa: E402
 from scripts.ablation.tables import TABLES, Table  # noqa: E402
-from utils.config import check_paths  # noqa: E402
-from utils.errors import AuroraError, ConfigError, plain  # noqa: E402
-from utils.pipeline import Pipeline, StepError, locked  # noqa: E402
+from utils.errors import AuroraError, plain  # noqa: E402
 from utils.results import write_bytes, write_json  # noqa: E402
 
 
@@ -59,81 +58,12 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
         if options.only:
             runner.only(options.only)
         elif not options.report:
-            runner.everything()
+            runner.everything(options.jobs)
         write_tables(graph, runner, tables, range(options.seeds), options.docs)
     except (AuroraError, ValueError) as error:
         print(f"error: {plain(error)}", file=sys.stderr, flush=True)
         return 1
     return 0
-
-
-class Runner:
-    """Runs the nodes of a graph through `utils.pipeline`, each under a lock of its own."""
-
-    def __init__(self, graph: Graph, any_code: bool) -> None:
-        self.graph, self.setting = graph, graph.setting
-        self.folder = self.setting.root / self.setting.out
-        with open(os.devnull) as idle:  # each run brings a lock of its own
-            self.pipeline = Pipeline(self.setting.root, self.folder, self.setting.gpus, idle, any_code)
-
-    def finished(self) -> dict[str, float]:
-        """Seconds of the steps that need not run."""
-        done = {name for name, node in self.graph.nodes.items() if self.pipeline.is_done(node.step)}
-        return {name: self.pipeline.seconds[name] for name in self.graph.nodes if name in done}
-
-    def everything(self) -> None:
-        """Every node in order.
-
-        Raises:
-            ConfigError: a file that no node makes is missing.
-            StepError: a command failed.
-        """
-        done = self.finished()
-        self._check(node for name, node in self.graph.nodes.items() if name not in done)
-        for number, node in enumerate(self.graph.nodes.values(), 1):
-            print(f"-- {number} of {len(self.graph.nodes)}", flush=True)
-            self._run(node)
-
-    def only(self, name: str) -> None:
-        """One node.
-
-        Raises:
-            StepError: there is no such node, what it needs has not finished, or it failed.
-        """
-        if name not in self.graph.nodes:
-            raise StepError(f"--only {name}: no run of this table. Remedy: choose one that --dry-run lists.")
-        done = self.finished()
-        waiting = [other for other in ancestors(self.graph, name) if other != name and other not in done]
-        if waiting:
-            raise StepError(f"--only {name} needs {', '.join(waiting)}. Remedy: run these before.")
-        self._run(self.graph.nodes[name])
-
-    def print_commands(self, again: str) -> None:
-        """One line per node that has not finished, with the nodes it must wait for as a comment."""
-        done = self.finished()
-        for name, node in self.graph.nodes.items():
-            if name not in done:
-                waits = [other for other in node.needs if other not in done]
-                print(f"# {name}" + (f" after {', '.join(waits)}" if waits else ""))
-                print(f"python scripts/ablate.py {again} --only {name}")
-
-    def _run(self, node: Node) -> None:
-        with locked(self.folder / "locks" / node.step.name) as lock:
-            self.pipeline.lock = lock
-            self.pipeline.run(node.step)
-
-    def _check(self, nodes: Sequence[Node]) -> None:
-        """Whether files that are nobody's output are there, before hours are spent."""
-        problems = []
-        made = tuple(node.step.folder.name for node in self.graph.nodes.values())
-        for node in nodes:
-            if node.config is not None:
-                try:
-                    check_paths(node.config)
-                except ConfigError as error:
-                    problems += [p for p in error.problems if not str(p.value).startswith((*made, "data/mini"))]
-        if problems:
-            raise ConfigError(list({(p.field, p.value): p for p in problems}.values()), "paths")
 
 
 def write_tables(
@@ -166,6 +96,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     add("--scale", choices=("mini", "paper"), default="mini", help="default: %(default)s")
     add("--seeds", type=int, default=1, help="this many, from 0 (default: %(default)s)")
     add("--num_gpus", type=int, help="processes of a run, also on a CPU (default: 1 mini, 2 paper)")
+    add("--jobs", type=int, default=1, help="runs at a time, each on its share of the CPU cores (default: %(default)s)")
     add("--out", type=Path, help="default: runs/ablations/<scale>")
     add("--configs", type=Path, help="folder of the rows' YAML files (default: configs/ablations/<scale>)")
     add("--any-code", action="store_true", help="finished runs count though the code has changed since")
@@ -179,8 +110,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     options.num_gpus = GPUS[options.scale] if options.num_gpus is None else options.num_gpus
     options.out = options.out or Path("runs/ablations") / options.scale
     options.configs = options.configs or Path("configs/ablations") / options.scale
-    if options.seeds < 1 or options.num_gpus < 1:
-        parser.error("--seeds and --num_gpus must be at least 1")
+    if min(options.seeds, options.num_gpus, options.jobs) < 1:
+        parser.error("--seeds, --num_gpus and --jobs must be at least 1")
+    if options.jobs > 1 and options.scale == "paper":
+        parser.error("--jobs shares CPU cores, not GPUs. Use --print-commands and start each run as a job of its own")
     return options
 
 

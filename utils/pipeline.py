@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -65,11 +66,21 @@ class Pipeline:
         processes: of a step that is `parallel`.
         lock: keeps a second run (or a command that outlived its parent) from writing the same files.
         any_code: whether a finished step counts though files that it depends on have changed since.
+        cores: the commands run on these alone; None = wherever this process may.
     """
 
-    def __init__(self, root: Path, folder: Path, processes: int, lock: IO[str], any_code: bool = False) -> None:
+    def __init__(
+        self,
+        root: Path,
+        folder: Path,
+        processes: int,
+        lock: IO[str],
+        any_code: bool = False,
+        cores: frozenset[int] | None = None,
+    ) -> None:
         self.root, self.stamps, self.processes, self.lock = root, folder / "steps", processes, lock
-        self.any_code = any_code
+        self.any_code, self.cores = any_code, cores
+        self.child: subprocess.Popen[bytes] | None = None
         self.hashes: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
 
@@ -121,19 +132,24 @@ class Pipeline:
     def _call(self, command: Sequence[str]) -> int:
         """Run a command with this interpreter's `bin` first in PATH; it ends with this process."""
         path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-        child = subprocess.Popen(
+        self.child = subprocess.Popen(
             command,
             cwd=self.root,
             env={**os.environ, "PATH": path},
             pass_fds=(self.lock.fileno(),),
-            preexec_fn=_end_with_parent,
+            preexec_fn=partial(_prepare_child, self.cores),
         )
         try:
-            return child.wait()
+            return self.child.wait()
         except BaseException:
-            child.terminate()
-            child.wait()
+            self.stop()
             raise
+
+    def stop(self) -> None:
+        """End the command that is running, if any, and wait for it."""
+        if self.child is not None:
+            self.child.terminate()
+            self.child.wait()
 
     def _digest(self, step: Step) -> str:
         earlier = [self.hashes[name] for name in step.needs]
@@ -177,7 +193,9 @@ def _files(root: Path, patterns: Iterable[str]) -> list[Path]:
     return sorted({path for pattern in patterns for path in root.glob(pattern) if path.is_file()})
 
 
-def _end_with_parent() -> None:
-    """Ask Linux to terminate this process when its parent dies, however that happens."""
+def _prepare_child(cores: frozenset[int] | None) -> None:
+    """Ask Linux to terminate this process when its parent dies, however that happens, and keep to some cores."""
+    if cores is not None:
+        os.sched_setaffinity(0, cores)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)

@@ -1,0 +1,41 @@
+"""scripts/ablate.py --jobs: several runs at a time."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from scripts.ablate import main
+from scripts.ablation.runner import core_shares
+from tests.ablation_case import ROOT, log, make_project
+
+
+@pytest.fixture(autouse=True)
+def _handlers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command changes folder and the handler of SIGTERM; both are put back."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+
+def test_several_at_a_time_respect_what_needs_what(tmp_path: Path) -> None:
+    project = make_project(tmp_path)
+    assert main(["--table", "3", "--seeds", "2", "--jobs", "2"], project) == 0
+    made = log(project)
+    runs = ["teacher", "wo_distill", "cot", "eval_wo_distill", "eval_cot"]
+    assert sorted(made) == sorted(["make_mini_world", *runs * 2])
+    assert made[0] == "make_mini_world" and "teacher" in made[1:3]
+    for before, after in (("teacher", "cot"), ("cot", "eval_cot"), ("wo_distill", "eval_wo_distill")):
+        assert made.index(before) < made.index(after)
+    assert main(["--table", "3", "--seeds", "2"], project) == 0 and log(project) == []
+    with pytest.raises(SystemExit):
+        main(["--table", "3", "--jobs", "2", "--scale", "paper"], project)
+
+
+def test_cores_are_shared_without_overlap() -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    shares = core_shares(len(cores))
+    assert core_shares(1) == [None] and core_shares(len(cores) + 1) == [None] * (len(cores) + 1)
+    assert len(cores) == 1 or sorted(core for share in shares for core in share) == cores
