@@ -7,8 +7,9 @@ interrupted continues from its newest complete checkpoint when the same command 
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,17 @@ from configs.schema import RunConfig
 from utils.config import check_paths, help_text, load_config, save_config
 from utils.errors import AuroraError, ConfigError, Problem, plain
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+"""Numbers of the errors of a disk that is full, read-only or broken."""
+
 if TYPE_CHECKING:  # imported late: --help and every configuration error come before anything heavy
     from model.stages.base import Stage
     from utils.checkpoint import Progress
     from utils.ds import deepspeed
     from utils.log import RunLog
+    from utils.preempt import Preemption
     from utils.types import Batch
+    from utils.watch import Watch
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,7 +52,31 @@ def main(arguments: list[str] | None = None) -> int:
     except AuroraError as error:
         print(f"error: {plain(error)}", file=sys.stderr, flush=True)
         return 1
+    except (OSError, RuntimeError) as error:
+        text = explained(error, options)
+        if text is None:
+            raise
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        return 1
     return 0
+
+
+def explained(error: OSError | RuntimeError, options: argparse.Namespace) -> str | None:
+    """A full disk, a lost decoding process or too little GPU memory in words; None for any other error."""
+    import torch
+
+    intact = "the last checkpoint is intact, and the same command continues from it"
+    if isinstance(error, torch.OutOfMemoryError):
+        from scripts.plan_memory import explain
+
+        reason = str(error).splitlines()[0]
+        return f"{reason} {explain(Path(options.config), options.overrides)} {intact.capitalize()}."
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return f"{error}. Remedy: free space, or correct the rights of output_dir; {intact}."
+    if "DataLoader worker" in str(error):
+        reason = str(error).splitlines()[0]
+        return f"a decoding process was lost: {reason} Remedy: lower data.num_workers if memory is short; {intact}."
+    return None
 
 
 def run(config: RunConfig, fresh: bool = False) -> None:
@@ -66,10 +96,11 @@ def run(config: RunConfig, fresh: bool = False) -> None:
     from utils import checkpoint, distributed
     from utils.engine import build_engine
     from utils.log import RunLog, setup_logging
+    from utils.preempt import Preemption
     from utils.seed import seed_everything
 
     device = distributed.start(config.engine.threads)
-    logger = setup_logging()
+    logger, preemption = setup_logging(), Preemption(config.log.grace_seconds)
     output = Path(config.output_dir)
     held = checkpoint.claim(output)
     if fresh:
@@ -98,53 +129,95 @@ def run(config: RunConfig, fresh: bool = False) -> None:
         if distributed.is_main():
             save_config(config, folder)
 
-    for _ in train(engine, stage, loader, config, progress, log):
+    for _ in train(engine, stage, loader, config, progress, log, preemption):
         checkpoint.save_checkpoint(engine, config, progress, save_weights)
-    save_weights(output / "final")
+    if progress.step < config.optim.steps:
+        logger.info("stopped by SIGTERM after step %d, saved; the same command continues", progress.step)
+    else:
+        save_weights(output / "final")
+        logger.info("done: %d steps, weights in %s", progress.step, output / "final")
     log.close()
-    logger.info("done: %d steps, weights in %s", progress.step, output / "final")
+    preemption.close()
     engine.destroy()
     distributed.stop()
     del held
 
 
 def train(
-    engine: deepspeed.DeepSpeedEngine, stage: Stage, loader: Any, config: RunConfig, progress: Progress, log: RunLog
+    engine: deepspeed.DeepSpeedEngine,
+    stage: Stage,
+    loader: Iterable[Batch],
+    config: RunConfig,
+    progress: Progress,
+    log: RunLog,
+    preemption: Preemption,
 ) -> Iterator[None]:
-    """The loop of every stage. Counts `progress` up to `optim.steps`; yields where a checkpoint is due."""
+    """The loop of every stage. Counts `progress` up to `optim.steps`; yields where a checkpoint is due.
+
+    Ends early, after a last yield, when a process was asked to stop.
+    """
+    from model.stages.replay import dumped
     from utils.distributed import is_main, world_size
     from utils.engine import gradient_norm
     from utils.guards import check_finite, check_norm
-    from utils.log import Means, due
+    from utils.log import Means, Recent, due
+    from utils.watch import Watch
 
-    batches, means = iter(loader), Means()
+    batches, means, recent, watch = iter(loader), Means(), Recent(), Watch(config.watch)
     accumulation, steps = config.engine.accumulation, config.optim.steps
     updates = config.grpo.updates_per_batch if config.stage == "grpo" else 1
     engine.train()
     while progress.step < steps:
         start = progress.step
         # A batch is prepared when its turn comes; only several updates on the same samples need all of them kept.
-        rollouts = ((batch, stage.prepare(batch)) for batch in islice(batches, accumulation))
+        rollouts = prepared_batches(stage, islice(batches, accumulation), watch, start + 1)
         rollouts = list(rollouts) if updates > 1 else rollouts
         for _ in range(updates):
             rate = engine.get_lr()[0]
-            for batch, prepared in rollouts:
-                loss = stage.loss(prepared)
-                check_finite(loss, progress.step + 1, batch)
+            for batch, prepared, rng in rollouts:
+                with dumped(stage, batch, rng, config, progress.step + 1):
+                    loss = stage.loss(prepared)
+                    check_finite(loss, progress.step + 1, batch)
                 engine.backward(loss.total)
                 engine.step()
                 means.add(loss.parts)
             progress.step += 1
             norm = gradient_norm(engine)
-            check_norm(norm, progress.step, batch)
+            with dumped(stage, batch, rng, config, progress.step):
+                check_norm(norm, progress.step, batch)
             log.advance()
             if progress.step % config.log.every == 0:
-                log.metrics(progress.step, {**means.reduce(), "lr": rate, "grad_norm": norm})
+                row = recent.add({**means.reduce(), "lr": rate, "grad_norm": norm})
+                log.metrics(progress.step, row)
+                watch.metrics(progress.step, row)
         progress.samples += accumulation * config.engine.micro_batch * world_size()
         if is_main() and due(config.log.samples_every, start, progress.step):
-            log.samples(progress.step, stage.samples() or answers(stage, batch, config.eval.max_new_tokens))
-        if due(config.log.save_every, start, progress.step) or progress.step >= steps:
+            records = stage.samples()  # of a stage that draws answers: watched when they were drawn
+            if not records:
+                records = answers(stage, batch, config.eval.max_new_tokens)
+                watch.answers(progress.step, [r["answer"] for r in records], [r["has_seg"] for r in records])
+            log.samples(progress.step, records)
+        stopping = preemption.agreed()
+        if stopping or due(config.log.save_every, start, progress.step) or progress.step >= steps:
+            progress.metrics = recent.take()
             yield
+        if stopping:
+            return
+
+
+def prepared_batches(
+    stage: Stage, batches: Iterable[Batch], watch: Watch, step: int
+) -> Iterator[tuple[Batch, Any, dict[str, Any]]]:
+    """(batch, what the stage made of it, random generators before that); drawn answers are watched."""
+    from utils.seed import rng_state
+
+    for batch in batches:
+        rng = rng_state()
+        prepared = stage.prepare(batch)
+        drawn = getattr(prepared, "answers", None)
+        if drawn is not None:
+            watch.answers(step, drawn.texts, drawn.has_seg.tolist())
+        yield batch, prepared, rng
 
 
 def answers(stage: Stage, batch: Batch, max_new_tokens: int) -> list[dict[str, Any]]:

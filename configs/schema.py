@@ -23,6 +23,7 @@ from configs.sections import (
     TrainableConfig,
 )
 from configs.stages import EvalConfig, GrpoConfig, ReflectiveConfig, SftConfig
+from configs.watch import WatchConfig
 
 __all__ = [
     "DataConfig",
@@ -38,6 +39,7 @@ __all__ = [
     "SftConfig",
     "StageName",
     "TrainableConfig",
+    "WatchConfig",
 ]
 
 StageName = Literal["teacher", "sft", "reflective", "grpo", "eval"]
@@ -71,6 +73,7 @@ class RunConfig(Section):
     engine: EngineConfig = EngineConfig()
     loss: LossConfig = LossConfig()
     log: LogConfig = LogConfig()
+    watch: WatchConfig = WatchConfig()
     sft: SftConfig = SftConfig()
     reflective: ReflectiveConfig = ReflectiveConfig()
     grpo: GrpoConfig = GrpoConfig()

@@ -237,6 +237,22 @@ class LogConfig(Section):
     every: int = knob(1, "between two rows of metrics (means over the steps between)", "steps", "ours", ge=1)
     save_every: int = knob(100, "between two checkpoints", "steps", "ours", ge=1)
     keep: int = knob(2, "checkpoints kept; older ones are deleted", "checkpoints", "ours", ge=1)
+    keep_best: str | None = knob(
+        None,
+        "scalar of metrics.jsonl (loss, reward_all ...; its mean since the checkpoint before) by which the best "
+        "checkpoint is kept besides; null = none",
+        "name",
+        "ours",
+        min_length=1,
+    )
+    best_is: Literal["lowest", "highest"] = knob("lowest", "which value of keep_best is the best", "name", "ours")
+    grace_seconds: float = knob(
+        120.0,
+        "after SIGTERM (a scheduler takes the machine): time to finish the step and save; then the run ends without",
+        "seconds",
+        "ours: SLURM's --signal=TERM@120",
+        gt=0,
+    )
     tensorboard: bool = knob(True, "write TensorBoard scalars", "flag", "published code train_ds.py:580")
     samples_every: int = knob(
         0,

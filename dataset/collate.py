@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
+import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -74,6 +77,7 @@ def build_loader(
         seed: of the workers' generators (samples do not draw from them).
     """
     if workers > 0:
+        atexit.register(end_workers)
         import_module("librosa.core")  # librosa loads it at first use: once here, not once in every forked worker
     return DataLoader(
         dataset,
@@ -83,7 +87,7 @@ def build_loader(
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
-        worker_init_fn=init_worker,
+        worker_init_fn=_init_patient_worker,
         generator=torch.Generator().manual_seed(seed),
     )
 
@@ -92,6 +96,26 @@ def init_worker(worker: int) -> None:
     """One thread per worker: more would contend for the cores that the ranks share."""
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
+
+
+def _init_patient_worker(worker: int) -> None:
+    """SIGTERM is left to the process that trains or evaluates, and `end_workers` ends this one.
+
+    A scheduler sends it to all, and a worker that died of it would end the run before it has saved.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    init_worker(worker)
+
+
+def end_workers() -> None:
+    """End this process's decoding processes; called when it exits.
+
+    multiprocessing would send SIGTERM then, which they ignore, and wait for ever.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call a killed worker an error
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _joined(tensors: Sequence[Tensor]) -> list[Tensor]:

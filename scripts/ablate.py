@@ -6,6 +6,7 @@
     python scripts/ablate.py --table 2 --scale paper --print-commands   # each run as a job of its own
     python scripts/ablate.py --table 4 --only cot-s0-1a2b3c4d5e     # one run; what it needs must have finished
     python scripts/ablate.py --table 4 --report                     # tables of what has finished, no run
+    python scripts/ablate.py --table grpo --seeds 3                 # our study of stage 3 (docs/grpo.md)
 
 Runs shared by rows and tables are made once. A finished run is not made again, an interrupted one continues; a changed
 configuration makes exactly the runs that depend on it anew. Results: <out>/table_<N>.{md,html,csv,json}.
@@ -29,9 +30,11 @@ from scripts.ablation.graph import GPUS, Graph, Setting, ancestors  # noqa: E402
 from scripts.ablation.render import csv_text, document, html, markdown  # noqa: E402
 from scripts.ablation.results import Outcome, outcome, to_json  # noqa: E402
 from scripts.ablation.runner import Runner  # noqa: E402
-from scripts.ablation.tables import TABLES, Table  # noqa: E402
+from scripts.ablation.tables import STUDIES, TABLES, Table  # noqa: E402
 from utils.errors import AuroraError, plain  # noqa: E402
 from utils.results import write_bytes, write_json  # noqa: E402
+
+EVERY = TABLES | STUDIES
 
 
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
@@ -39,7 +42,7 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     options = _options(arguments)
     os.chdir(root)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running command is ended too
-    tables = [TABLES[number] for number in (TABLES if options.table == "all" else (int(options.table),))]
+    tables = [table for name, table in EVERY.items() if options.table in (str(name), "all" if name in TABLES else "")]
     try:
         setting = Setting(root, options.out, options.configs, options.scale, options.num_gpus)
         graph = Graph(setting)
@@ -92,7 +95,7 @@ def write_tables(
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--table", required=True, choices=[*map(str, TABLES), "all"], help="of the paper")
+    add("--table", required=True, choices=[*map(str, EVERY), "all"], help="of the paper, or a study of ours")
     add("--scale", choices=("mini", "paper"), default="mini", help="default: %(default)s")
     add("--seeds", type=int, default=1, help="this many, from 0 (default: %(default)s)")
     add("--num_gpus", type=int, help="processes of a run, also on a CPU (default: 1 mini, 2 paper)")
@@ -114,6 +117,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--seeds, --num_gpus and --jobs must be at least 1")
     if options.jobs > 1 and options.scale == "paper":
         parser.error("--jobs shares CPU cores, not GPUs. Use --print-commands and start each run as a job of its own")
+    if options.table in STUDIES and options.scale == "paper":
+        parser.error(f"--table {options.table} is of the mini world: leave out --scale paper")
     return options
 
 

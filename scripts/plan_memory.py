@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -157,6 +158,30 @@ def describe(planner: Planner, plan: Plan) -> dict[str, object]:
     remedy = cheapest(changes(config, options.gpus), planner.plan)
     print(remedy_text(remedy, plan))
     return {"remedy": [asdict(change) for change in remedy.changes]}
+
+
+def explain(config: Path, overrides: Sequence[str]) -> str:
+    """What fills the memory of a run that ran out of it, and the cheapest change; for the GPU of this process."""
+    import torch
+
+    size = torch.cuda.get_device_properties(0).total_memory / GB if torch.cuda.is_available() else 48.0
+    gpus = int(os.environ.get("WORLD_SIZE", "1"))
+    options = argparse.Namespace(gpus=gpus, gpu_gb=size, reserve_gb=2.0, answer_tokens=None, prompt_tokens=None,
+                                 frame_size=None)  # fmt: skip
+    planner = Planner(config, overrides, options)
+    plan = planner.plan()
+    phase = next((p for p in plan.phases if p.name == plan.peak), None)
+    parts = {"weights": plan.state.weights, "gradients": plan.state.gradients, "optimiser": plan.state.optimiser,
+             "teacher": plan.teacher, "buffers of communication": plan.state.communication}  # fmt: skip
+    if phase is not None:
+        parts |= {"activations": phase.activations, "logits": phase.logits, "KV cache": phase.kv_cache}
+    most = max(parts, key=parts.__getitem__)
+    # A run may need more than its plan (longer answers, larger frames): then the change must save a tenth.
+    options.gpu_gb = min(size, 0.9 * plan.total / GB) if plan.fits else size
+    remedy = cheapest(changes(planner.config(), gpus), planner.plan)
+    change = " ".join(text for each in remedy.changes for text in each.overrides) or "more or larger GPUs"
+    return (f"Planned: {plan.total / GB:.1f} of {size:.1f} GB at '{plan.peak}', most of it {most} "
+            f"({parts[most] / GB:.1f} GB). Remedy: {change} (scripts/plan_memory.py --config {config}).")  # fmt: skip
 
 
 def beside(config: Path, stage: str) -> Iterator[tuple[str, Path]]:

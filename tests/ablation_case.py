@@ -46,7 +46,8 @@ for split in (("test",) if s4 else ("test_s", "test_u")):
     path.mkdir(parents=True, exist_ok=True)
     (path / "predictions.jsonl").write_text("".join(json.dumps(r) + "\\n" for r in rows))
     (path / "metrics.json").write_text(json.dumps({"split": split, "git": "abc", "files": {"mini_truth.jsonl": "x"},
-        "scores": {("s4" if s4 else "official"): scores, "per_expression": scores}}))
+        "scores": {("s4" if s4 else "official"): scores, "per_expression": scores, "class_accuracy": mean + 3,
+        "faithful": mean - 3}}))
 '''
 OTHER = COMMON + '''
 words = sys.argv[1:]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from configs.schema import RunConfig
 from utils import distributed
-from utils.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
+from utils.checkpoint import Progress, checkpoint_to_resume, find_checkpoint, load_checkpoint, save_checkpoint
 from utils.engine import build_engine, gradient_norm, trainable_state
 from utils.errors import CheckpointError
 from utils.log import Means
@@ -162,6 +163,62 @@ def keep_and_damage(folder: str) -> dict[str, Any]:
     return found
 
 
+ELASTIC = [(0, "fp32"), (2, "fp32")]
+
+
+def elastic(folder: str, first: str, last: str) -> dict[str, Any]:
+    """Weights after steps first..last on 8 samples a step, whatever the number of processes; saved at the end.
+
+    Steps above 0 start from the checkpoint that is there.
+    """
+    found = {}
+    accumulation = 4 // distributed.world_size()
+    for zero, precision in ELASTIC:
+        seed_everything(0)
+        run = config(zero, precision, output=f"{folder}/{zero}_{precision}")
+        run = run.model_copy(update={"engine": run.engine.model_copy(update={"accumulation": accumulation})})
+        engine = build_engine(Net(), run)
+        earlier = checkpoint_to_resume(run)
+        done = load_checkpoint(engine, earlier).step if earlier else 0
+        assert done == int(first), earlier
+        dtype = next(engine.module.parameters()).dtype
+        for step in range(int(first), int(last)):
+            generator = torch.Generator().manual_seed(step)
+            x = torch.randn(8, 8, generator=generator)
+            for start in range(2 * distributed.rank(), 8, 2 * distributed.world_size()):
+                part = x[start : start + 2]
+                engine.backward((engine(part.to(dtype)).float() - part.sum(1)).square().mean())
+                engine.step()
+        save_checkpoint(engine, run, Progress(int(last), 8 * int(last)))
+        found[f"{zero} {precision}"] = {"weights": _flat(trainable_state(engine)), "rates": engine.get_lr()}
+        engine.destroy()
+    return found
+
+
+def elastic_both(folder: str) -> dict[str, Any]:
+    """A run that other processes began, gone on with, and an undisturbed one."""
+    return {"moved": elastic(f"{folder}/moved", "2", "4"), "straight": elastic(f"{folder}/straight", "0", "4")}
+
+
+def best_and_full(folder: str) -> dict[str, Any]:
+    """What is kept besides the newest; what a full disk leaves."""
+    engine, run = make(2, "fp32", output=folder)
+    run = run.model_copy(update={"log": run.log.model_copy(update={"keep": 1, "keep_best": "loss"})})
+    root = Path(folder) / "checkpoints"
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5)):
+        save_checkpoint(engine, run, Progress(step, step * 4, {"loss": loss}))
+    found: dict[str, Any] = {"kept": sorted(p.name for p in root.iterdir()), "best": (root / "best").read_text()}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    try:
+        save_checkpoint(engine, run, Progress(5, 20))
+    except CheckpointError as error:
+        found["full"] = str(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    found["after"] = sorted(p.name for p in root.iterdir())
+    found["newest"] = find_checkpoint(folder).name
+    return found
+
+
 def means() -> dict[str, Any]:
     """Names that only some processes report count for those alone."""
     collected = Means()
@@ -187,7 +244,7 @@ def _flat(state: dict[str, Tensor]) -> list[float]:
     return [value for tensor in state.values() for value in tensor.float().flatten().tolist()]
 
 
-CASES = {f.__name__: f for f in (train_all, resume_all, keep_and_damage, means)}
+CASES = {f.__name__: f for f in (train_all, resume_all, keep_and_damage, elastic, elastic_both, best_and_full, means)}
 
 if __name__ == "__main__":
     distributed.start(threads=1)

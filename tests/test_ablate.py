@@ -18,7 +18,7 @@ from dataset.clips import read_truth
 from dataset.media import read_audio, read_frames
 from scripts.ablate import main
 from scripts.ablation.cost import cost_table, estimates
-from scripts.ablation.graph import COMMANDS, TRAININGS, Graph, Setting, ancestors
+from scripts.ablation.graph import COMMANDS, STUDY_TRAININGS, TRAININGS, Graph, Setting, ancestors
 from scripts.ablation.render import document, html, markdown
 from scripts.ablation.results import Difference, Mean, mean_of, outcome
 from scripts.ablation.tables import TABLES
@@ -79,7 +79,8 @@ def test_every_row_of_every_table_has_its_runs(scale: str) -> None:
         order = list(ancestors(made, name))
         assert order[-1] == name and set(node.needs) < set(order)
     files = {p.stem for p in (ROOT / "configs/ablations" / scale).glob("*.yaml")}
-    assert files == set(TRAININGS) | {"eval", "eval_s4"} | ({"mine"} if scale == "mini" else set())
+    own = {"mine", *STUDY_TRAININGS} if scale == "mini" else set()
+    assert files == set(TRAININGS) | {"eval", "eval_s4"} | own
 
 
 def test_rows_differ_from_the_paper_s_method_in_what_they_say() -> None:

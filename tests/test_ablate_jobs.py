@@ -1,7 +1,9 @@
-"""scripts/ablate.py --jobs: several runs at a time."""
+"""scripts/ablate.py --jobs: several runs at a time; our study of stage 3."""
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import signal
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from scripts.ablate import main
+from scripts.ablation.graph import STUDY_TRAININGS
 from scripts.ablation.runner import core_shares
 from tests.ablation_case import ROOT, log, make_project
 
@@ -39,3 +42,17 @@ def test_cores_are_shared_without_overlap() -> None:
     shares = core_shares(len(cores))
     assert core_shares(1) == [None] and core_shares(len(cores) + 1) == [None] * (len(cores) + 1)
     assert len(cores) == 1 or sorted(core for share in shares for core in share) == cores
+
+
+def test_study_compares_with_its_start(tmp_path: Path) -> None:
+    project = make_project(tmp_path)
+    assert main(["--table", "grpo", "--seeds", "2", "--jobs", "2"], project) == 0
+    made = log(project)
+    assert {name for name in made if not name.startswith("eval_")} == {"make_mini_world", "teacher", *STUDY_TRAININGS}
+    text = (project / "runs/ablations/mini/table_grpo.md").read_text()
+    assert text.startswith("# What stage 3 changes") and "paper" not in text.split("| row |")[1]
+    assert "| J | F | J&F | class accuracy | faithful | seeds |" in text and "J&F against the first row" in text
+    lines = list(csv.DictReader(io.StringIO((project / "runs/ablations/mini/table_grpo.csv").read_text())))
+    assert {line["score"] for line in lines} == {"J", "F", "J&F", "class_accuracy", "faithful"}
+    with pytest.raises(SystemExit):
+        main(["--table", "grpo", "--scale", "paper"], project)

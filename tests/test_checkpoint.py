@@ -26,9 +26,26 @@ def test_kept_skipped_refused(tmp_path: Path) -> None:
     assert found["kept"] == ["latest", "step_000002", "step_000003"] and found["latest"] == "step_000003"
     for damage in ("after a flipped bit", "after a cut", "beside an unfinished one"):
         assert found[damage] == "step_000002"
-    assert "written by 5 processes, this run has 1. Remedy: start 5 processes" in found["other world"]
+    assert "the optimiser states of process 1 are missing. Remedy" in found["other world"]
     assert "body.weight" in found["other parameters"] and "Remedy" in found["other parameters"]
     assert found["all damaged"] is None
+
+
+def test_best_is_kept_and_a_full_disk_harms_nothing(tmp_path: Path) -> None:
+    found = run_case("best_and_full", str(tmp_path))
+    assert found["kept"] == ["best", "latest", "step_000002", "step_000004"] and found["best"] == "step_000002"
+    assert "step_000005: could not be written (process 0:" in found["full"] and "Remedy: free space" in found["full"]
+    assert found["after"] == found["kept"] and found["newest"] == "step_000004"
+
+
+def test_another_number_of_processes_goes_on(tmp_path: Path) -> None:
+    """2 -> 1 processes with the same samples per step: the weights of an undisturbed run but for rounding."""
+    run_case("elastic", str(tmp_path / "moved"), "0", "2", processes=2)
+    found = run_case("elastic_both", str(tmp_path))
+    assert found["moved"].keys() == found["straight"].keys()
+    for name, expected in found["straight"].items():
+        assert found["moved"][name]["weights"] == pytest.approx(expected["weights"], abs=1e-6), name
+        assert found["moved"][name]["rates"] == expected["rates"]
 
 
 def test_metrics_are_cut_at_the_resumed_step(tmp_path: Path) -> None:
@@ -44,6 +61,13 @@ def test_one_writer_per_folder(tmp_path: Path) -> None:
         claim(tmp_path / "run")
     fcntl.flock(held, fcntl.LOCK_UN)
     claim(tmp_path / "run").close()
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file" / "run", Path("/proc/aurora/run")):
+        with pytest.raises(CheckpointError, match="output_dir = .*not writable.*Remedy"):
+            claim(output)
 
 
 def test_put_aside_counts(tmp_path: Path) -> None:

@@ -4,33 +4,37 @@
                                  /rank_0.pt ...  random number generators of each process
                                  /config.yaml
                                  /manifest.json  written last: step, samples, processes, size and SHA-256 of every file
-    <run>/checkpoints/latest                     name of the newest
+    <run>/checkpoints/latest, best               name of the newest, and of the best by `log.keep_best`
 
-Everything is written into a folder of another name, verified and then renamed, so a folder `step_*` is complete unless
-the disk damaged it; a damaged one is skipped with a warning.
+Everything is written into a folder of another name, flushed, read back (`utils.manifest`) and then renamed, so a folder
+`step_*` is complete unless the disk damaged it; a damaged one is skipped with a warning.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 
 from configs.schema import RunConfig
 from utils import distributed
-from utils.config import differences, git_state, load_config, save_config
+from utils.config import FREE_ON_RESUME, differences, git_state, load_config, save_config
 from utils.ds import deepspeed
+from utils.elastic import load_repartitioned
 from utils.errors import CheckpointError
+from utils.manifest import damage, describe, read_manifest
 from utils.seed import rng_state, set_rng_state
+
+__all__ = ["Progress", "checkpoint_to_resume", "claim", "find_checkpoint", "load_checkpoint", "put_aside",
+           "read_manifest", "save_checkpoint", "write_text"]  # fmt: skip
 
 FOLDER = "checkpoints"
 _ENGINE = "engine"
@@ -46,6 +50,8 @@ class Progress:
     """Optimiser steps done."""
     samples: int = 0
     """Samples consumed by all processes together: the position in the order of the data."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Means of the logged scalars since the checkpoint before; the best checkpoint is chosen by one of them."""
 
 
 def save_checkpoint(
@@ -56,7 +62,7 @@ def save_checkpoint(
 ) -> Path:
     """Write the whole training state below `config.output_dir`; all processes call it, at an optimiser step's end.
 
-    Keeps the newest `config.log.keep` checkpoints.
+    Keeps the newest `config.log.keep` checkpoints, and the best by `config.log.keep_best`.
 
     Args:
         engine, config, progress: of the run.
@@ -67,42 +73,67 @@ def save_checkpoint(
         The new folder.
 
     Raises:
-        CheckpointError: it could not be written (disk full, read-only); earlier checkpoints are untouched.
+        CheckpointError: it could not be written (disk full, read-only); earlier checkpoints are untouched. A process
+            that fails says so and ends at once instead of waiting for the others, which the launcher ends.
     """
     root = Path(config.output_dir) / FOLDER
     final = root / f"step_{progress.step:06d}"
     writing = root / f"{_WRITING}{final.name}"
-    if distributed.is_main():
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
-    distributed.barrier()
     try:
+        if distributed.is_main():
+            for left in root.glob(f"{_WRITING}*"):  # of attempts that were killed
+                shutil.rmtree(left, ignore_errors=True)
+            writing.mkdir(parents=True)
+        distributed.barrier()
         engine.save_checkpoint(str(writing), tag=_ENGINE, save_latest=False, exclude_frozen_parameters=True)
         if save_weights is not None:
             save_weights(writing)
         torch.save(rng_state(), writing / f"rank_{distributed.rank()}.pt")
-        error = None
-    except (OSError, RuntimeError) as caught:
-        error = f"process {distributed.rank()}: {caught}"
-    errors = [e for e in distributed.gather(error) if e]
-    if errors:
+        distributed.barrier()
+        if distributed.is_main():
+            _seal(engine, config, progress, writing, final)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(writing, ignore_errors=True)  # gives its space back
         raise CheckpointError(
-            f"{final}: could not be written ({'; '.join(errors)}). Remedy: free space or correct the rights of {root}; "
-            "the run continues from the checkpoint before when started again."
-        )
-    if distributed.is_main():
-        save_config(config, writing)
-        manifest = {**asdict(progress), "world_size": distributed.world_size(), "git": git_state()}
-        manifest["trainable"] = [name for name, p in engine.module.named_parameters() if p.requires_grad]
-        manifest["files"] = _describe(writing)
-        write_text(writing / "manifest.json", json.dumps(manifest, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        writing.rename(final)
-        write_text(root / "latest", final.name)
-        for old in _steps(root)[: -config.log.keep]:
-            shutil.rmtree(old)
+            f"{final}: could not be written (process {distributed.rank()}: {error}). Remedy: free space or correct the "
+            f"rights of {root}; the run continues from the checkpoint before when started again."
+        ) from error
     distributed.barrier()
     return final
+
+
+def _seal(
+    engine: deepspeed.DeepSpeedEngine, config: RunConfig, progress: Progress, writing: Path, final: Path
+) -> None:
+    """Read back what was written, give it its name, delete what is too old."""
+    save_config(config, writing)
+    manifest = {**asdict(progress), "world_size": distributed.world_size(), "git": git_state()}
+    manifest["trainable"] = [name for name, p in engine.module.named_parameters() if p.requires_grad]
+    manifest["files"] = describe(writing)
+    write_text(writing / "manifest.json", json.dumps(manifest, indent=1))
+    shutil.rmtree(final, ignore_errors=True)
+    writing.rename(final)
+    write_text(final.parent / "latest", final.name)
+    best = _best(final.parent, config)
+    if best is not None:
+        write_text(final.parent / "best", best.name)
+    for old in _steps(final.parent)[: -config.log.keep]:
+        if old != best:
+            shutil.rmtree(old)
+
+
+def _best(root: Path, config: RunConfig) -> Path | None:
+    """The checkpoint with the best value of `log.keep_best`, the newest of equals; None without such a value."""
+    name, sign = config.log.keep_best, 1 if config.log.best_is == "highest" else -1
+    values = {}
+    for folder in _steps(root) if name else ():
+        try:
+            found = read_manifest(folder).get("metrics", {})
+        except CheckpointError:
+            continue  # damaged: find_checkpoint says so when it is asked for
+        if name in found:
+            values[folder] = sign * found[name]
+    return max(reversed(values), key=values.__getitem__) if values else None
 
 
 def find_checkpoint(output_dir: str | Path) -> Path | None:
@@ -113,11 +144,11 @@ def find_checkpoint(output_dir: str | Path) -> Path | None:
     found = None
     if distributed.is_main():
         for folder in reversed(_steps(Path(output_dir) / FOLDER)):
-            damage = _damage(folder)
-            if damage is None:
+            fault = damage(folder)
+            if fault is None:
                 found = folder
                 break
-            _log.warning("%s is damaged (%s) and is skipped", folder, damage)
+            _log.warning("%s is damaged (%s) and is skipped", folder, fault)
     return distributed.from_main(found)
 
 
@@ -125,14 +156,10 @@ def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> Progress
     """Put engine, generators and progress back as `save_checkpoint` found them; all processes call it.
 
     Raises:
-        CheckpointError: the checkpoint was written by another number of processes, or trains other parameters.
+        CheckpointError: it trains other parameters, or was written by another number of processes under ZeRO-3.
     """
     manifest = read_manifest(folder)
-    if manifest["world_size"] != distributed.world_size():
-        raise CheckpointError(
-            f"{folder}: was written by {manifest['world_size']} processes, this run has {distributed.world_size()}. "
-            f"Remedy: start {manifest['world_size']} processes, or start anew from its weights with init_from."
-        )
+    written = manifest["world_size"]
     ours = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
     other = sorted(ours.symmetric_difference(manifest["trainable"]))
     if other:
@@ -140,8 +167,13 @@ def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> Progress
             f"{folder}: {len(other)} parameters are trained only here or only there, such as {other[0]}. "
             "Remedy: resume with the trainable section the checkpoint was written with (its config.yaml)."
         )
-    engine.load_checkpoint(str(folder), tag=_ENGINE, load_module_strict=False)
-    set_rng_state(torch.load(folder / f"rank_{distributed.rank()}.pt", weights_only=True))
+    if written == distributed.world_size():
+        engine.load_checkpoint(str(folder), tag=_ENGINE, load_module_strict=False)
+    else:
+        _log.info("%s: optimiser states are dealt anew; the losses go on, but not equal to the bit", folder)
+        load_repartitioned(engine, folder, _ENGINE, written)
+    if distributed.rank() < written:  # a process that is new keeps the generators it was seeded with
+        set_rng_state(torch.load(folder / f"rank_{distributed.rank()}.pt", weights_only=True))
     distributed.barrier()
     _log.info("continuing at step %d from %s", manifest["step"], folder)
     return Progress(manifest["step"], manifest["samples"])
@@ -156,12 +188,24 @@ def checkpoint_to_resume(config: RunConfig) -> Path | None:
     folder = find_checkpoint(config.output_dir)
     if folder is None:
         return None
-    changed = differences(config, load_config(folder / "config.yaml"))
-    if changed:
+    before, written = load_config(folder / "config.yaml"), read_manifest(folder)["world_size"]
+    moved = written != distributed.world_size()
+    free = (*FREE_ON_RESUME, "engine.micro_batch", "engine.accumulation") if moved else FREE_ON_RESUME
+    refused = differences(config, before, free)
+    if refused:
         raise CheckpointError(
-            f"{folder} was written with another configuration:\n  " + "\n  ".join(changed) + "\nRemedy: take the "
+            f"{folder} was written with another configuration:\n  " + "\n  ".join(refused) + "\nRemedy: take the "
             "changes back, choose another output_dir, or start anew with --fresh (the earlier run keeps another name)."
         )
+    changed = differences(config, before, ())
+    if changed:
+        _log.info("changed since %s:\n  %s", folder.name, "\n  ".join(changed))
+    if moved and distributed.is_main():
+        sizes = [c.engine.micro_batch * c.engine.accumulation * n
+                 for c, n in ((before, written), (config, distributed.world_size()))]  # fmt: skip
+        advice = "" if sizes[0] == sizes[1] else f"; set engine.accumulation so that it stays {sizes[0]}"
+        counts = (written, distributed.world_size(), *sizes)
+        _log.warning("processes: %d -> %d, samples per step: %d -> %d%s", *counts, advice)
     return folder
 
 
@@ -172,19 +216,21 @@ def claim(output: Path) -> IO[str] | None:
         What holds it (keep it), on the main process.
 
     Raises:
-        CheckpointError: another process holds it.
+        CheckpointError: another process holds it, or it cannot be written.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
     holder, error = None, None
     if distributed.is_main():
         path = output.parent / f".{output.name}.lock"  # beside the folder, which may be renamed
-        holder = path.open("a+", encoding="utf-8")
         try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            holder = path.open("a+", encoding="utf-8")
             fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder.seek(0)
             owner = holder.read().strip()
             error = f"{output}: process {owner} is writing there. Remedy: wait, stop it, or choose another output_dir."
+        except OSError as refused:
+            error = f"output_dir = {output}: not writable ({refused}). Remedy: choose another or correct its rights."
         else:
             holder.truncate(0)
             holder.write(str(os.getpid()))
@@ -203,22 +249,6 @@ def put_aside(output: Path) -> None:
     distributed.barrier()
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint folder.
-
-    Raises:
-        CheckpointError: missing, not JSON, or no object.
-    """
-    path = folder / "manifest.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable ({error}). Remedy: use another checkpoint.") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: holds no JSON object. Remedy: use another checkpoint.")
-    return values
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a file by temporary name, flush to disk, rename."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -232,34 +262,3 @@ def write_text(path: Path, text: str) -> None:
 def _steps(root: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     return sorted(root.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
-
-
-def _describe(folder: Path) -> dict[str, list[Any]]:
-    """Size and hash of every file below `folder`, by relative name."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): [path.stat().st_size, _sha256(path)] for path in files}
-
-
-def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None."""
-    try:
-        expected = read_manifest(folder)["files"]
-    except CheckpointError as error:
-        return str(error)
-    for name, (size, digest) in expected.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if _sha256(path) != digest:
-            return f"{name} has another content than when it was written"
-    return None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

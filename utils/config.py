@@ -27,7 +27,8 @@ __all__ = ["check_paths", "differences", "git_state", "help_text", "load_config"
 MAX_YAML_BYTES = 1_000_000
 """A configuration is a page of text; anything larger is refused unread."""
 
-FREE_ON_RESUME = ("optim.steps", "log.", "eval.", "output_dir", "engine.threads", "data.num_workers", "model.attention")
+FREE_ON_RESUME = ("optim.steps", "log.", "eval.", "watch.", "output_dir", "engine.threads", "data.num_workers",
+                  "model.attention")  # fmt: skip
 """Fields (or sections) that may change when a run is resumed; nothing the run has learned depends on them."""
 
 
@@ -141,13 +142,13 @@ def git_state() -> str:
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
-def differences(ours: RunConfig, theirs: RunConfig) -> list[str]:
-    """Fields that differ and matter to a resumed run, as `field: theirs -> ours`."""
+def differences(ours: RunConfig, theirs: RunConfig, free: tuple[str, ...] = FREE_ON_RESUME) -> list[str]:
+    """Fields that differ and are not `free` (names or beginnings of names), as `field: theirs -> ours`."""
     before, now = dict(_leaves(theirs.model_dump(mode="json"))), dict(_leaves(ours.model_dump(mode="json")))
     return [
         f"{field}: {before.get(field)!r} -> {now.get(field)!r}"
         for field in sorted(before.keys() | now.keys())
-        if before.get(field) != now.get(field) and not field.startswith(FREE_ON_RESUME)
+        if before.get(field) != now.get(field) and not field.startswith(free)
     ]
 
 

@@ -61,6 +61,25 @@ class Means:
         return {name: sum(s for s, _ in pairs) / sum(n for _, n in pairs) for name, pairs in found.items()}
 
 
+class Recent:
+    """Means of the rows of metrics since the checkpoint before."""
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, float]] = []
+
+    def add(self, row: dict[str, float]) -> dict[str, float]:
+        """Keep a row; returns it."""
+        self._rows.append(row)
+        return row
+
+    def take(self) -> dict[str, float]:
+        """The means, each over the rows that have it; forgets the rows."""
+        names = dict.fromkeys(name for row in self._rows for name in row)
+        found = {name: [row[name] for row in self._rows if name in row] for name in names}
+        self._rows = []
+        return {name: sum(values) / len(values) for name, values in found.items()}
+
+
 class RunLog:
     """Writes the metrics of a run on the main process; other processes hold a silent one.
 

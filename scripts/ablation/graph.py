@@ -83,6 +83,13 @@ TRAININGS: dict[str, Train] = {
     "mllm": Train(),
     "mllm_seg": Train({"init_from": "mllm/final"}),
 }
+EARLY = {"init_from": "early/final"}
+STUDY_TRAININGS: dict[str, Train] = {
+    "early": Train(TEACHER),
+    "early_sft": Train({**EARLY, **TEACHER}),
+    **{f"early_{name}": Train(EARLY) for name in ("grpo", "format", "t1", "all", "best", "none", "reasoning")},
+}
+"""Of `scripts.ablation.tables.STUDIES`, at mini scale alone."""
 COMMANDS: dict[str, Command] = {
     "world": Command(("scripts/make_mini_world.py", "--out", DATA), "metadata.csv", WORLD_CODE, seeded=False,
                      folder=DATA, stamps="data/steps"),
@@ -159,8 +166,8 @@ class Graph:
         if (spec, seed) not in self._steps:
             if command is not None:
                 node = self._command(spec, command, seed)
-            elif spec in TRAININGS:
-                node = self._training(spec, TRAININGS[spec], seed)
+            elif spec in (trainings := TRAININGS | STUDY_TRAININGS):
+                node = self._training(spec, trainings[spec], seed)
             else:
                 node = self._evaluation(spec, Evaluate(*spec.removeprefix("eval_").split("@")), seed)
             self._steps[spec, seed] = node

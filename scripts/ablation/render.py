@@ -20,15 +20,20 @@ _WORDS = {True: "yes", False: "no", None: "-"}
 
 def score_cells(found: Outcome) -> Cells:
     """Header and one line per row and split: n, the paper's scores, ours with standard deviation."""
-    header = ["row", "split", "n", *(f"{s} paper" for s in SCORES), *(f"{s} ours" for s in SCORES), "seeds"]
-    return [header, *(_score_line(line) for line in found.lines)]
+    printed = [f"{s} paper" for s in SCORES] if _in_paper(found) else []
+    ours = [f"{s} ours" if printed else s for s in SCORES]
+    extras = [name.replace("_", " ") for name in found.table.extras]
+    header = ["row", "split", "n", *printed, *ours, *extras, "seeds"]
+    return [header, *(_score_line(line, bool(printed)) for line in found.lines)]
 
 
 def difference_cells(found: Outcome) -> Cells:
-    """Header and one line per difference to the last row."""
-    header = ["J&F against the last row", "split", "paper", "ours", "95 % over seeds", "95 % over clips",
+    """Header and one line per difference to the row that the others are compared with."""
+    base = {-1: "the last row", 0: "the first row"}[found.table.against]
+    header = [f"J&F against {base}", "split", "paper", "ours", "95 % over seeds", "95 % over clips",
               "paper's sign", "significant"]  # fmt: skip
-    return [header, *(_difference_line(d) for d in found.differences)]
+    cells = [header, *(_difference_line(d) for d in found.differences)]
+    return cells if _in_paper(found) else [[*line[:2], *line[3:6], line[7]] for line in cells]
 
 
 def caption(found: Outcome) -> list[str]:
@@ -60,7 +65,7 @@ def open_questions(found: Outcome) -> list[str]:
 
 def markdown(found: Outcome, level: int = 1) -> str:
     """The table with its caption and differences."""
-    parts = [f"{'#' * level} Table {found.table.number}: {found.table.title}", *caption(found)]
+    parts = [f"{'#' * level} {found.table.heading}", *caption(found)]
     parts.append(_markdown_table(score_cells(found)) if found.lines else "No run has finished.")
     if found.differences:
         parts.append(_markdown_table(difference_cells(found)))
@@ -69,7 +74,7 @@ def markdown(found: Outcome, level: int = 1) -> str:
 
 def html(found: Outcome) -> str:
     """A page of its own, without scripts."""
-    title = escape(f"Table {found.table.number}: {found.table.title}")
+    title = escape(found.table.heading)
     tables = [score_cells(found), *([difference_cells(found)] if found.differences else [])]
     body = "".join(f"<p>{escape(line)}</p>" for line in caption(found)) + "".join(map(_html_table, tables))
     return (
@@ -85,8 +90,9 @@ def csv_text(found: Outcome) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["table", "row", "split", "score", "paper", "mean", "deviation", "seeds", "n", "protocol", "mini"])
     for line in found.lines:
-        for i, name in enumerate(SCORES):
-            paper, mean = line.row.paper.get(line.split, (None,) * 3)[i], line.scores[name]
+        paper_scores = dict(zip(SCORES, line.row.paper.get(line.split, ()), strict=False))
+        for name, mean in {**line.scores, **line.extras}.items():
+            paper = paper_scores.get(name)
             writer.writerow(
                 [found.table.number, line.row.method, line.split, name, "" if paper is None else paper, mean.value,
                  "" if mean.deviation is None else mean.deviation, mean.seeds, line.n, found.table.protocol,
@@ -128,10 +134,14 @@ real references. Its unseen classes were seen in pretraining, never segmented. T
 differences of a point or two are within chance, which the intervals say."""
 
 
-def _score_line(line: Line) -> list[str]:
+def _in_paper(found: Outcome) -> bool:
+    return any(row.paper for row in found.table.rows)
+
+
+def _score_line(line: Line, with_paper: bool) -> list[str]:
     paper = line.row.paper.get(line.split, (None,) * 3)
-    printed = ["-" if value is None else f"{value:.1f}" for value in paper]
-    ours = [_mean(line.scores[name]) for name in SCORES]
+    printed = ["-" if value is None else f"{value:.1f}" for value in paper] if with_paper else []
+    ours = [_mean(mean) for mean in (*(line.scores[name] for name in SCORES), *line.extras.values())]
     return [line.row.method, SPLIT_TITLES[line.split], str(line.n), *printed, *ours, str(line.scores["J"].seeds)]
 
 

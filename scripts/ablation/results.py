@@ -1,6 +1,6 @@
-"""What the finished runs of a table say: means over seeds, differences to the last row, and how sure they are.
+"""What the finished runs of a table say: means over seeds, differences to one row, and how sure they are.
 
-Two kinds of chance are kept apart. Seeds: each seed's difference to the last row of the same seed, with Student's
+Two kinds of chance are kept apart. Seeds: each seed's difference to that row of the same seed, with Student's
 interval of their mean. Clips: each metadata row's difference of J&F, averaged over the seeds, with the percentile
 interval of a bootstrap over clips (`utils.bootstrap`; protocol per_expression, as pooled protocols have no row scores).
 A difference is called significant where both 95 % intervals leave out 0; with one seed there is no telling.
@@ -57,11 +57,13 @@ class Line:
     """J, F, J&F in percent under the table's protocol."""
     n: int
     """Metadata rows scored."""
+    extras: Mapping[str, Mean]
+    """The table's extras, in percent."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """J&F of a row minus that of the table's last row, on one split."""
+    """J&F of a row minus that of the row it is compared with, on one split."""
 
     row: Row
     against: Row
@@ -127,16 +129,16 @@ def outcome(table: Table, finished: Mapping[tuple[str, int], Path], seeds: Seque
         if (row.evaluation, seed) in finished
     }
     lines, differences = [], []
-    last = table.rows[-1]
+    base = table.rows[table.against]
     for row in table.rows:
         own = [found[row.evaluation, seed] for seed in seeds if (row.evaluation, seed) in found]
-        lines += [_line(row, split, own, table.protocol) for split in table.splits if own]
+        lines += [_line(row, split, own, table) for split in table.splits if own]
         both = [
-            (found[row.evaluation, seed], found[last.evaluation, seed])
+            (found[row.evaluation, seed], found[base.evaluation, seed])
             for seed in seeds
-            if row is not last and (row.evaluation, seed) in found and (last.evaluation, seed) in found
+            if row is not base and (row.evaluation, seed) in found and (base.evaluation, seed) in found
         ]
-        differences += [_difference(row, last, split, both, table.protocol) for split in table.splits if both]
+        differences += [_difference(row, base, split, both, table.protocol) for split in table.splits if both]
     missing = [f"{r.method}, seed {s}" for r in table.rows for s in seeds if (r.evaluation, s) not in found]
     codes = sorted({str(e.fact("git", "unknown")) for e in found.values()})
     mini = any(e.is_mini or _synthetic(e) for e in found.values())
@@ -159,13 +161,15 @@ def _scores(evaluation: Evaluation, split: str, protocol: str) -> Mapping[str, A
         ) from error
 
 
-def _line(row: Row, split: str, own: Sequence[Evaluation], protocol: str) -> Line:
-    scores = [_scores(e, split, protocol) for e in own]
-    return Line(row, split, {name: mean_of([s[name] for s in scores]) for name in SCORES}, scores[0]["n"])
+def _line(row: Row, split: str, own: Sequence[Evaluation], table: Table) -> Line:
+    scores = [_scores(e, split, table.protocol) for e in own]
+    means = {name: mean_of([s[name] for s in scores]) for name in SCORES}
+    extras = {name: mean_of([e.metrics[split]["scores"][name] for e in own]) for name in table.extras}
+    return Line(row, split, means, scores[0]["n"], extras)
 
 
 def _difference(
-    row: Row, last: Row, split: str, both: Sequence[tuple[Evaluation, Evaluation]], protocol: str
+    row: Row, base: Row, split: str, both: Sequence[tuple[Evaluation, Evaluation]], protocol: str
 ) -> Difference:
     points = mean_of(
         [_scores(ours, split, protocol)["J&F"] - _scores(theirs, split, protocol)["J&F"] for ours, theirs in both]
@@ -182,12 +186,12 @@ def _difference(
         raise DataError(f"{both[0][0].folder}: no row of split {split} is shared with {both[0][1].folder}.")
     means = np.array([[float(np.mean(values))] for values in changes.values()])
     return Difference(
-        row, last, split, _paper_difference(row, last, split), points, mean_intervals(means, list(clips.values()))[0]
+        row, base, split, _paper_difference(row, base, split), points, mean_intervals(means, list(clips.values()))[0]
     )
 
 
-def _paper_difference(row: Row, last: Row, split: str) -> float | None:
-    ours, theirs = row.paper.get(split), last.paper.get(split)
+def _paper_difference(row: Row, base: Row, split: str) -> float | None:
+    ours, theirs = row.paper.get(split), base.paper.get(split)
     if not ours or not theirs or ours[2] is None or theirs[2] is None:
         return None
     return round(ours[2] - theirs[2], 1)

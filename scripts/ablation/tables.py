@@ -1,4 +1,4 @@
-"""The rows of Tables 2 to 8 of the paper, and which evaluation of which run stands for each."""
+"""The rows of Tables 2 to 8 of the paper and of our study of stage 3, and which evaluation stands for each."""
 
 from __future__ import annotations
 
@@ -20,15 +20,25 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """One table; every row is compared with the last, the paper's own method."""
+    """One table; every row is compared with one of them: in the paper's tables the last, its own method."""
 
-    number: int
+    number: int | str
+    """Of the paper, or the name of a study of ours."""
     title: str
     rows: tuple[Row, ...]
     splits: tuple[str, ...] = ("test_s", "test_u")
     protocol: str = "official"
     remark: str = ""
     """What is to be known to read it."""
+    extras: tuple[str, ...] = ()
+    """Shares in percent beside the scores: keys of metrics.json."""
+    against: int = -1
+    """Index of the row that the others are compared with."""
+
+    @property
+    def heading(self) -> str:
+        """Number and title."""
+        return f"Table {self.number}: {self.title}" if isinstance(self.number, int) else self.title
 
 
 def _rows(number: int, *runs: str) -> tuple[Row, ...]:
@@ -39,7 +49,7 @@ def _rows(number: int, *runs: str) -> tuple[Row, ...]:
 
 
 _S4 = TABLE_6["AURORA (paper)"]
-TABLES: dict[int, Table] = {
+TABLES: dict[int | str, Table] = {
     2: Table(
         2, "SFT with chain of thought", _rows(2, "wo_mllm", "wo_cot", "cot"),
         remark="w/o MLLM: the reference alone, through a text encoder (a CLIP text tower; on the mini world the mini "
@@ -70,4 +80,23 @@ TABLES: dict[int, Table] = {
     ),
     8: Table(8, "Fixed and flexible reasoning paths", _rows(8, "fixed", "cot")),
 }  # fmt: skip
+STUDIES: dict[int | str, Table] = {
+    "grpo": Table(
+        "grpo", "What stage 3 changes, from a short stage 1",
+        tuple(Row(method, f"eval_{run}", {}) for method, run in (
+            ("start: 100 steps of stage 1", "early"),
+            ("more stage 1 for the same time", "early_sft"),
+            ("GRPO", "early_grpo"),
+            ("GRPO, format reward alone", "early_format"),
+            ("GRPO, temperature 1", "early_t1"),
+            ("GRPO, mask loss on all", "early_all"),
+            ("GRPO, mask loss on best", "early_best"),
+            ("GRPO, no mask loss", "early_none"),
+            ("GRPO, reward for reasoning too", "early_reasoning"),
+        )),
+        remark="Ours, mini world alone. Settings of GRPO were chosen on val.",
+        extras=("class_accuracy", "faithful"), against=0,
+    ),
+}  # fmt: skip
+"""Tables that the paper does not have; at mini scale alone."""
 SPLIT_TITLES = {**SPLITS, "test": "S4 test"}

@@ -1,0 +1,58 @@
+"""Warnings of a run that goes wrong quietly, and the end on SIGTERM."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from configs.watch import WatchConfig
+from utils.preempt import Preemption
+from utils.watch import Watch
+
+SMALL = WatchConfig(window=4)
+
+
+def test_repeated_answers_and_missing_seg_are_warned_once_until_over() -> None:
+    watch = Watch(SMALL)
+    assert watch.answers(1, ["a [SEG]", "b [SEG]"], [True, True]) == []
+    assert watch.answers(2, ["c [SEG]", "d [SEG]"], [True, True]) == []
+    found = watch.answers(3, ["x"] * 4, [False] * 4)
+    assert len(found) == 2 and "4 of the last 4 answers are the same: 'x'" in found[0]
+    assert "only 0 of the last 4 answers hold [SEG]" in found[1] and all("Remedy" in text for text in found)
+    assert watch.answers(4, ["x"], [False]) == []
+    assert watch.answers(5, ["a", "b", "c", "d"], [True] * 4) == []
+    assert len(watch.answers(6, ["x"] * 4, [False] * 4)) == 2
+
+
+def test_reward_and_entropy_collapse_are_warned() -> None:
+    watch = Watch(SMALL)
+    assert not [w for step in range(8) for w in watch.metrics(step, {"reward_all": 1.0, "entropy": 0.5})]
+    found = [w for step in range(8, 16) for w in watch.metrics(step, {"reward_all": 0.1, "entropy": 0.001})]
+    assert len(found) == 2 and "mean reward" in found[0] and "it was 1.000" in found[0]
+    assert "mean entropy" in found[1] and "grpo.temperature" in found[1]
+    assert Watch(SMALL).metrics(1, {"loss": 1.0}) == []
+
+
+def test_sigterm_is_noted_and_the_handler_put_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    preemption = Preemption(60.0)
+    assert not preemption.agreed()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert preemption.agreed()
+    preemption.close()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_too_late_ends_the_process(capfd: pytest.CaptureFixture[str]) -> None:
+    child = os.fork()
+    if child == 0:
+        preemption = Preemption(0.2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause() if not preemption.asked else None
+        while True:
+            signal.sigtimedwait([], 0.1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 75
+    assert "had not saved; the checkpoint before is intact. Remedy: raise log.grace_seconds" in capfd.readouterr().err
