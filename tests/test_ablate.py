@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from dataset.avsbench import AvsBenchIndex
-from dataset.clips import read_truth
 from dataset.media import read_audio, read_frames
+from dataset.truth import read_truth
 from scripts.ablate import main
 from scripts.ablation.cost import cost_table, estimates
 from scripts.ablation.graph import COMMANDS, STUDY_TRAININGS, TRAININGS, Graph, Setting, ancestors
