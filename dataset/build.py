@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from configs.schema import DataConfig, RunConfig
 from dataset.avsbench import AvsBenchIndex
-from dataset.clips import ClipDataset, ClipIndex, ClipSettings
+from dataset.clips import ClipDataset, ClipSettings
 from dataset.collate import build_loader
 from dataset.cot import read_cot, rows_with_reasoning
 from dataset.mixture import MixtureSampler
@@ -17,6 +17,7 @@ from dataset.processor import AuroraProcessor
 from dataset.prompt import NEED_REASONING, Prompts
 from dataset.refavs import RefAvsIndex
 from dataset.reflective import read_reflective
+from dataset.truth import ClipIndex
 from utils.errors import DataError
 from utils.types import Sample
 

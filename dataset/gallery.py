@@ -1,4 +1,4 @@
-"""Frames, true masks and sounds of a Ref-AVS data set for the gallery of a report (`utils.report_media`)."""
+"""Frames, true masks and sounds of the evaluated data for the gallery of a report (`utils.report_media`)."""
 
 from __future__ import annotations
 
@@ -6,48 +6,73 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.media import frame_indexes, list_images, read_frames, read_masks
-from dataset.refavs import RefAvsIndex
+from dataset.media import read_frames
+from dataset.refavs import RefAvsIndex, Row, Split
+from dataset.truth import ClipIndex, read_truth
 from utils.errors import DataError
 
 
-class RefAvsMedia:
+class ClipMedia:
     """The media of one data set.
 
     Args:
-        root: folder with metadata.csv, media/ and gt_mask/.
+        index: says where they lie.
+        rows: number -> row.
+        root: of the data, for messages.
         num_frames: frames that the evaluation took of a clip (data.num_frames); None = all.
+    """
+
+    def __init__(self, index: ClipIndex, rows: dict[int, Row], root: str | Path, num_frames: int | None = None) -> None:
+        self.index, self.known, self.root, self.num_frames = index, rows, root, num_frames
+        self.clips = {row.clip for row in rows.values()}
+
+    def frames(self, clip: str) -> np.ndarray:
+        """uint8 [T,H,W,3] RGB. Raises DataError for missing or broken files."""
+        return read_frames(self.index.frames_folder(clip), self.num_frames)
+
+    def truth(self, row: int, size: tuple[int, int]) -> np.ndarray:
+        """bool [T,H,W] of a row whose frames are of `size`; all False where nothing answers to the reference.
+
+        Raises:
+            DataError: no such row, or missing or broken files.
+        """
+        if row not in self.known:
+            raise DataError(f"{self.root}: has no row {row}. Remedy: name the data that were evaluated (--data).")
+        return read_truth(self.index, self.known[row], size, self.num_frames)[0]
+
+    def sound(self, clip: str) -> Path | None:
+        """The wav of a clip, None if there is none (a probe's silence has no clip)."""
+        if clip not in self.clips:
+            return None
+        path = self.index.audio_path(clip)
+        return path if path.is_file() else None
+
+
+class RefAvsMedia(ClipMedia):
+    """The media of Ref-AVS, or of the mini world, which has its layout.
+
+    Args:
+        root: folder with metadata.csv, media/ and gt_mask/.
+        num_frames: see ClipMedia.
 
     Raises:
         DataError: the table is missing or faulty.
     """
 
     def __init__(self, root: str | Path, num_frames: int | None = None) -> None:
-        self.index = RefAvsIndex(root)
-        self.num_frames = num_frames
+        index = RefAvsIndex(root)
+        super().__init__(index, {row.row: row for split in Split for row in index.rows(split)}, root, num_frames)
 
-    def frames(self, clip: str) -> np.ndarray:
-        """uint8 [T,H,W,3] RGB. Raises DataError for missing or broken files."""
-        return read_frames(self.index.frames_folder(clip), self.num_frames)
 
-    def truth(self, row: int, frames: int, size: tuple[int, int]) -> np.ndarray:
-        """bool [T,H,W] of a metadata row; all False where nothing answers to the reference.
+def media_of(benchmark: str, root: str | Path, num_frames: int | None = None) -> ClipMedia:
+    """The media of `data.benchmark` below `root`.
 
-        Raises:
-            DataError: no such row, or missing or broken files.
-        """
-        found = self.index.row(row)
-        if found is None:
-            raise DataError(f"{self.index.root}: has no row {row}. Remedy: name the data that were evaluated (--data).")
-        if found.is_null:
-            return np.zeros((frames, *size), bool)
-        folder = self.index.mask_folder(found)
-        if self.num_frames is None:
-            return read_masks(folder, frames, size)
-        total = len(list_images(self.index.frames_folder(found.clip)))
-        return read_masks(folder, total, size, frame_indexes(total, self.num_frames))
+    Raises:
+        DataError: its table is missing or faulty.
+    """
+    if benchmark == "refavs":
+        return RefAvsMedia(root, num_frames)
+    from dataset.avsbench import SPLITS, AvsBenchIndex  # imported late: it needs transformers, which a report does not
 
-    def sound(self, clip: str) -> Path | None:
-        """The wav of a clip, None if there is none (a probe's silence has no clip)."""
-        path = self.index.audio_path(clip)
-        return path if path.is_file() else None
+    index = AvsBenchIndex(root, "s4" if benchmark == "avsbench_s4" else "ms3")
+    return ClipMedia(index, {row.row: row for split in SPLITS for row in index.rows(split)}, root, num_frames)

@@ -22,10 +22,10 @@ import numpy as np  # noqa: E402 - the project's root must be on the path first
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from dataset.clips import read_truth  # noqa: E402
 from dataset.media import read_frames  # noqa: E402
 from dataset.predictions import PredictionFolder, read_prediction  # noqa: E402
 from dataset.refavs import RefAvsIndex  # noqa: E402
+from dataset.truth import read_truth  # noqa: E402
 from utils.errors import AuroraError  # noqa: E402
 from utils.metrics import PROTOCOLS, Counts, Protocol, count_frames, fit_logits, fit_masks, score_counts  # noqa: E402
 from utils.scoring import EMPTY_LOGIT  # noqa: E402

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -24,13 +23,16 @@ from utils.report_media import WIDTH, MediaSource  # noqa: E402
 from utils.report_runs import Evaluation, find_evaluations  # noqa: E402
 from utils.summary import run_summary, write_report  # noqa: E402
 
+BENCHMARKS = ("refavs=", "avsbench_s4=", "avsbench_ms3=")
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="folders; a name is put before its evaluations")
     parser.add_argument("--out", type=Path, help="page (default: report.html in the first run)")
-    parser.add_argument("--data", help="root of the data (default: what the evaluations name)")
+    parser.add_argument("--data", action="append", default=[], metavar="[BENCHMARK=]ROOT",
+                        help="root of the data (default: what the evaluations name)")
     parser.add_argument("--title", default="AURORA: evaluation report", help="heading (default: %(default)s)")
     parser.add_argument("--compare", nargs=2, action="append", metavar=("BEFORE", "AFTER"),
                         help="two evaluations by name, may be repeated (default: each with the one before it)")
@@ -66,9 +68,9 @@ def report(options: argparse.Namespace) -> Path:
     compared = None if options.compare is None else [_pair(evaluations, pair) for pair in options.compare]
     trained = [(prefix + path.parent.name, path.parent) for prefix, folder in folders for path in _curves(folder)]
     summary = {**run_summary(evaluations), "git": evaluations[0].fact("git", "")}
-    media = None if options.no_media else _media(options.data, evaluations)
+    media = None if options.no_media else _media(_roots(options.data), evaluations)
     write_report(page, options.title, summary, evaluations, trained, media, evaluations, compared, options.rows,
-                 options.width)
+                 options.width, [folder for _, folder in folders])
     return page
 
 
@@ -104,17 +106,33 @@ def _pair(evaluations: Sequence[Evaluation], names: Sequence[str]) -> tuple[Eval
     return known[names[0]], known[names[1]]
 
 
-def _media(root: str | None, evaluations: Sequence[Evaluation]) -> MediaSource:
-    """The data that were evaluated."""
-    from dataset.gallery import RefAvsMedia  # imported late: --help needs no readers
+def _roots(texts: Sequence[str]) -> dict[str, str]:
+    """Benchmark -> root of its data, as --data names them; one without a name is that of any benchmark ("")."""
+    roots = {}
+    for text in texts:
+        name, _, root = text.partition("=") if text.startswith(BENCHMARKS) else ("", "", text)
+        roots[name] = root
+    return roots
 
-    roots: dict[str, Any] = {e.data_root: e for e in evaluations if e.data_root}
-    if root is None and len(roots) != 1:
-        raise DataError(f"the evaluations name {len(roots)} data sets ({', '.join(roots)}). Remedy: give --data.")
-    frames = {e.fact("config", {}).get("data", {}).get("num_frames") for e in evaluations}
-    if len(frames) != 1:
-        raise DataError(f"data.num_frames differs between the evaluations: {frames}. Remedy: report them separately.")
-    return RefAvsMedia(root or next(iter(roots)), frames.pop())
+
+def _media(roots: Mapping[str, str], evaluations: Sequence[Evaluation]) -> dict[str, MediaSource]:
+    """Benchmark -> the data that were evaluated."""
+    from dataset.gallery import media_of  # imported late: --help needs no readers
+
+    media = {}
+    for benchmark in dict.fromkeys(e.benchmark for e in evaluations):
+        alike = [e for e in evaluations if e.benchmark == benchmark]
+        named = dict.fromkeys(e.data_root for e in alike if e.data_root)
+        root = roots.get(benchmark, roots.get(""))
+        if root is None and len(named) != 1:
+            raise DataError(f"the evaluations name {len(named)} data sets ({', '.join(named)}). Remedy: give --data.")
+        frames = {e.fact("config", {}).get("data", {}).get("num_frames") for e in alike}
+        if len(frames) != 1:
+            raise DataError(
+                f"data.num_frames differs between the evaluations: {frames}. Remedy: report them separately."
+            )
+        media[benchmark] = media_of(benchmark, next(iter(named)) if root is None else root, frames.pop())
+    return media
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def test_a_run_is_read_back_broken_down_and_compared(tmp_path):
 def test_the_summary_tells_stages_from_probes(tmp_path):
     found = find_evaluations(write_run(tmp_path / "run", tmp_path / "data"))
     summary = run_summary(found)
-    assert list(summary["stages"]) == ["teacher", "sft"] and summary["probes"]["sft_zero"]["stage"] == "sft"
+    assert list(summary["stages"]) == ["teacher", "sft"] and summary["probes"]["zero_audio"]["stage"] == "sft"
     assert summary["stages"]["sft"]["mix"]["J&F"] == 60.0 and summary["stages"]["sft"]["answer"] == "reasoning"
 
 

@@ -149,4 +149,4 @@ def test_summary_and_page_of_an_evaluation(tmp_path):
     data = json.loads(re.search(r'id="gallery">(.*?)</script>', page, re.S)[1])
     assert [(row["row"], row["split"]) for row in data["rows"]] == [(1, "test_s"), (9, "test_u"), (17, "test_n")]
     assert data["rows"][2]["said"]["eval"]["strip"] == "eval/test_n/pictures/00017.jpg"
-    assert page.count("<figure><svg") == 1 and "Probes by question kind" in page
+    assert page.count("<figure><svg") == 1 and "Probes of sft by question kind" in page

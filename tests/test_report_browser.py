@@ -14,7 +14,7 @@ from scripts.check_report import check
 from scripts.report import main as report_command
 from tests.report_case import ROWS, line, make_world, write_run
 from utils.report import Report, render_page
-from utils.report_gallery import gallery_data
+from utils.report_gallery import gallery_data, gallery_rows
 from utils.report_runs import Evaluation, PredictedRow
 
 pytestmark = pytest.mark.skipif(find_browser() is None, reason="no Chromium or Chrome (apt-get install chromium)")
@@ -43,7 +43,7 @@ def test_a_report_works_in_the_browser(tmp_path):
 def test_thousands_of_clips_open_as_fast_as_a_few(tmp_path):
     made = [PredictedRow.from_json({**line(i % 8), "row": i}) for i in range(MANY)]
     evaluation = Evaluation("sft", tmp_path, {"test_s": {}}, {row.row: row for row in made})
-    data = gallery_data([evaluation], list(evaluation.rows))
+    data = gallery_data([evaluation], gallery_rows([evaluation], list(evaluation.rows)))
     for row in data["rows"]:
         row |= {"frames": f"f/{row['row']}.jpg", "truth": f"t/{row['row']}.png", "n": 10, "hw": [48, 64]}
     page = tmp_path / "many.html"

@@ -20,6 +20,7 @@ TIE = 1.0
 SHOWN = 12
 """Rows listed at either end of a comparison."""
 SPLIT_TITLES = {"test_s": "seen (test_s)", "test_u": "unseen (test_u)"}
+"""Splits of Ref-AVS; others go by their own names."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Group:
     name: str
     scores: Mapping[str, Estimate]
     """J, F and J&F; or S alone."""
-    class_accuracy: float
+    class_accuracy: float | None
+    """Of the rows whose class is known; None without any."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +144,8 @@ def compare(before: Evaluation, after: Evaluation) -> Comparison | None:
         before.name,
         after.name,
         tuple(_group_change(name, changes) for name, changes in named),
-        sum(c.after.class_right and not c.before.class_right for c in both),
-        sum(c.before.class_right and not c.after.class_right for c in both),
+        sum(bool(c.after.class_right and not c.before.class_right) for c in both),
+        sum(bool(c.before.class_right and not c.after.class_right) for c in both),
         tuple(c for c in ranked[:SHOWN] if c.points > TIE),
         tuple(c for c in ranked[: -SHOWN - 1 : -1] if c.points < -TIE),
     )
@@ -155,7 +157,8 @@ def _group(name: str, rows: Sequence[PredictedRow]) -> Group:
     else:
         titles, values = SCORES, [[row.scores["J"], row.scores["F"], row.jf] for row in rows]
     estimates = mean_intervals(np.array(values), [row.clip for row in rows])
-    accuracy = 100 * float(np.mean([row.class_right for row in rows]))
+    named = [row.class_right for row in rows if row.class_right is not None]
+    accuracy = 100 * float(np.mean(named)) if named else None
     return Group(name, dict(zip(titles, estimates, strict=True)), accuracy)
 
 

@@ -19,18 +19,16 @@ from utils.breakdown import Comparison, Dimension
 from utils.curves import Chart, colour_of, svg
 from utils.report_gallery import gallery_section
 from utils.report_samples import samples_section
+from utils.report_scores import MINI_NOTE, avsbench_tables, headline, paper_table, stage_tables
 from utils.report_script import SCRIPT
 from utils.report_style import CSS
 from utils.report_tables import (
-    MINI_NOTE,
     breakdown_tables,
     comparison_block,
     failure_table,
     note,
-    paper_table,
-    probe_table,
+    probe_tables,
     seconds_table,
-    stage_tables,
 )
 
 _HASH = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
@@ -71,14 +69,15 @@ def render_page(report: Report) -> str:
         for name, title, html in sections
     )
     summary = report.summary
-    origin = ", ".join(f"{key} {_plain(summary[key])}" for key in ("git", "config") if summary.get(key))
+    origin = " · ".join(_origin(summary))
     banner = f'<p class="banner">{escape(MINI_NOTE)}</p>' if report.mini else ""
+    header = f'<h1>{escape(report.title)}</h1><p class="meta">{escape(origin)}</p>{banner}'
     script = f"<script>{SCRIPT}</script>" if report.gallery.get("rows") else ""
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(report.title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><style>{CSS}</style></head><body>\n'
-        f'<header><h1>{escape(report.title)}</h1><p class="meta">{escape(origin)}</p>{banner}</header>\n'
+        f"<header>{header}{headline(summary['stages'], report.mini)}</header>\n"
         f'<nav class="top" aria-label="Sections">{links}</nav>\n<main>{body}</main>\n{script}</body></html>\n'
     )
 
@@ -90,10 +89,11 @@ def _sections(report: Report) -> list[tuple[str, str, str]]:
     compared = [comparison_block(c, i == 0) for i, c in enumerate(report.comparisons)]
     paired = "Each row against itself, as both evaluations answered the same question. A row's number opens its clip."
     return [
-        ("stages", "Stages", stage_tables(stages, report.mini) if stages else ""),
-        ("paper", "The paper's Table 1", paper_table(stages, report.mini) if stages else ""),
+        ("stages", "Stages", stage_tables(stages, report.mini)),
+        ("paper", "The paper's Table 1", paper_table(stages, report.mini)),
+        ("avsbench", "AVSBench", avsbench_tables(stages, report.mini)),
         ("breakdown", "Breakdown", breakdown_tables(report.breakdowns) if report.breakdowns else ""),
-        ("probes", "Does it listen and look?", probe_table(stages, probes) if probes and stages else ""),
+        ("probes", "Does it listen and look?", probe_tables(stages, probes) if probes and stages else ""),
         ("compare", "Paired comparisons", note(paired) + "".join(compared) if compared else ""),
         ("failures", "Failure taxonomy", failure_table(report.failures) if report.failures else ""),
         ("curves", "Curves", _curves(report.charts)),
@@ -103,8 +103,12 @@ def _sections(report: Report) -> list[tuple[str, str, str]]:
     ]
 
 
-def _plain(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+def _origin(summary: Mapping[str, Any]) -> list[str]:
+    """Where the numbers come from: commit and configuration."""
+    config = summary.get("config") or {}
+    values = config.items() if isinstance(config, Mapping) else [("config", config)]
+    commit = [f"git {summary['git']}"] if summary.get("git") else []
+    return commit + [f"{name} {value if isinstance(value, str) else json.dumps(value)}" for name, value in values]
 
 
 def _curves(charts: Sequence[Chart]) -> str:

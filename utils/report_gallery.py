@@ -39,18 +39,30 @@ KEYS = (
 )  # fmt: skip
 
 
-def gallery_data(
+def gallery_data(evaluations: Sequence[Evaluation], clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the script needs to know, as plain values.
+
+    Args:
+        evaluations: in the order of the page.
+        clips: `gallery_rows` of each benchmark.
+    """
+    plain = [e for e in evaluations if e.probe == "none"] or list(evaluations)
+    same = [e.name for e in plain if e.benchmark == plain[0].benchmark]
+    return {"runs": [e.name for e in evaluations], "run": same[-1] if same else "", "columns": COLUMNS, "rows": clips}
+
+
+def gallery_rows(
     evaluations: Sequence[Evaluation],
     rows: Sequence[int],
     drawn: Drawn | None = None,
     strips: Mapping[tuple[str, int], str] | None = None,
     sizes: Mapping[int, str] | None = None,
     failures: Mapping[int, str] | None = None,
-) -> dict[str, Any]:
-    """What the script needs to know, as plain values.
+) -> list[dict[str, Any]]:
+    """One clip of the gallery per row, as plain values.
 
     Args:
-        evaluations: in the order of the page.
+        evaluations: of one benchmark, in the order of the page.
         rows: that are shown.
         drawn: pictures and sounds of these rows.
         strips: (evaluation, row) -> address of a ready picture, used where nothing was drawn.
@@ -74,9 +86,7 @@ def gallery_data(
         for name, row in said.items():
             item["said"][name] = _said(row, drawn, media.masks.get(name) if media else None, strips.get((name, number)))
         listed.append(item)
-    plain = [e.name for e in evaluations if e.probe == "none"] or [e.name for e in evaluations]
-    chosen = plain[-1] if plain else ""
-    return {"runs": [e.name for e in evaluations], "run": chosen, "columns": COLUMNS, "rows": listed}
+    return listed
 
 
 def _said(row: PredictedRow, drawn: Drawn | None, masks: str | None, strip: str | None) -> dict[str, Any]:

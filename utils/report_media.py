@@ -5,6 +5,7 @@
     <page>_files/masks/<evaluation>/<row>.png   the predicted ones
     <page>_files/sound/<clip>.mp3
 
+Those of AVSBench lie in a folder of their own there, as its rows have the numbers of others.
 Frames are stored once per clip, masks are a few kilobytes of palette; the browser lays one over the other.
 """
 
@@ -33,7 +34,7 @@ COLUMNS = 5
 """Frames side by side in a picture."""
 WIDTH = 256
 """Frames are shrunk to this many pixels."""
-PARTS = ("frames", "truth", "masks", "sound")
+PARTS = ("frames", "truth", "masks", "sound", "avsbench_s4", "avsbench_ms3")
 _FILL, _DIM = 70, 120
 """Opacity (0..255) of a mask's inside, and of the black that dims what is outside it."""
 
@@ -45,8 +46,8 @@ class MediaSource(Protocol):
     def frames(self, clip: str) -> np.ndarray:
         """uint8 [T,H,W,3] RGB."""
 
-    def truth(self, row: int, frames: int, size: tuple[int, int]) -> np.ndarray:
-        """bool [T,H,W] of a metadata row, whose clip has `frames` frames of `size` (height, width)."""
+    def truth(self, row: int, size: tuple[int, int]) -> np.ndarray:
+        """bool [T,H,W] of a row, whose clip has frames of `size` (height, width)."""
 
     def sound(self, clip: str) -> Path | None:
         """The sound file of a clip, if there is one."""
@@ -77,15 +78,44 @@ class Drawn:
     """Clip -> address."""
 
 
+def files_folder(page: Path) -> Path:
+    """The folder beside a page that holds its files."""
+    return page.with_name(f"{page.stem}_files")
+
+
+def empty_files(page: Path) -> None:
+    """Remove what an earlier report left beside a page."""
+    for name in PARTS:
+        if (files_folder(page) / name).exists():
+            shutil.rmtree(files_folder(page) / name)
+
+
+class _Beside:
+    """Writes files beside a page, those of AVSBench apart."""
+
+    def __init__(self, page: Path, evaluations: Sequence[Evaluation]) -> None:
+        benchmark = evaluations[0].benchmark
+        self.parent, self.part = page.parent, files_folder(page).name
+        if benchmark != "refavs":
+            self.part += f"/{benchmark}"
+
+    def write(self, name: str, data: bytes) -> str:
+        """Write a file, without waiting for the disk; returns its address relative to the page."""
+        path = self.parent / self.part / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        return quote(f"{self.part}/{name}")
+
+
 def draw_media(
     page: Path, source: MediaSource, evaluations: Sequence[Evaluation], rows: Iterable[int], width: int = WIDTH
 ) -> Drawn:
-    """Write the files of some rows beside a page; what an earlier report left there is removed first.
+    """Write the files of some rows beside a page.
 
     Args:
         page: path of the HTML file.
         source: of frames, truth and sounds.
-        evaluations: whose masks are drawn.
+        evaluations: whose masks are drawn, all of one benchmark.
         rows: numbers.
         width: frames are shrunk to this many pixels.
 
@@ -93,7 +123,7 @@ def draw_media(
         DataError: a file of the data is missing or broken.
         ValueError: predicted masks do not have the size of their frames.
     """
-    folder = _emptied(page)
+    folder = _Beside(page, evaluations)
     groups: dict[str, list[int]] = {}
     heard: dict[str, None] = {}
     for number in rows:
@@ -106,15 +136,19 @@ def draw_media(
         return Drawn(media, _write_sounds(folder, source.sound, heard, pool))
 
 
-def draw_sounds(page: Path, find: Callable[[str], Path | None], clips: Iterable[str]) -> Drawn:
+def draw_sounds(
+    page: Path, find: Callable[[str], Path | None], evaluations: Sequence[Evaluation], rows: Iterable[int]
+) -> Drawn:
     """Write the sounds alone, where a page shows pictures that the evaluation drew.
 
     Args:
         page: path of the HTML file.
         find: clip -> its sound file, if there is one.
-        clips: names.
+        evaluations: that show these rows, all of one benchmark.
+        rows: numbers.
     """
-    folder = _emptied(page)
+    folder = _Beside(page, evaluations)
+    clips = [e.rows[n].audio for e in evaluations for n in rows if n in e.rows]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return Drawn({}, _write_sounds(folder, find, dict.fromkeys(clips), pool))
 
@@ -157,18 +191,18 @@ def mp3(path: Path) -> bytes:
 
 
 def _draw_clip(
-    folder: Path, source: MediaSource, evaluations: Sequence[Evaluation], clip: str, rows: Sequence[int], width: int
+    folder: _Beside, source: MediaSource, evaluations: Sequence[Evaluation], clip: str, rows: Sequence[int], width: int
 ) -> dict[int, RowMedia]:
     frames = source.frames(clip)
     count, size = len(frames), tuple(frames.shape[1:3])
-    picture = _write(folder, f"frames/{clip}.jpg", jpeg(sprite(frames, width), 82))
+    picture = folder.write(f"frames/{clip}.jpg", jpeg(sprite(frames, width), 82))
     media = {}
     for number in rows:
-        truth = source.truth(number, count, size)
+        truth = source.truth(number, size)
         predicted = {e.name: e.rows[number] for e in evaluations if number in e.rows}
         media[number] = RowMedia(
             frames=picture,
-            truth=_write(folder, f"truth/{number:05d}.png", mask_layer(truth, TRUTH, width)),
+            truth=folder.write(f"truth/{number:05d}.png", mask_layer(truth, TRUTH, width)),
             masks={name: _write_masks(folder, name, row, truth.shape, width) for name, row in predicted.items()},
             size=size,
             count=count,
@@ -177,34 +211,16 @@ def _draw_clip(
     return media
 
 
-def _write_masks(folder: Path, name: str, row: PredictedRow, shape: tuple[int, ...], width: int) -> str:
+def _write_masks(folder: _Beside, name: str, row: PredictedRow, shape: tuple[int, ...], width: int) -> str:
     masks = decode_masks(row.masks)
     if masks.shape != shape:
         raise ValueError(f"{name}, row {row.row}: predicted masks are {masks.shape}, the data's {shape}")
-    return _write(folder, f"masks/{name.replace('/', '_')}/{row.row:05d}.png", mask_layer(masks, PREDICTION, width))
+    return folder.write(f"masks/{name.replace('/', '_')}/{row.row:05d}.png", mask_layer(masks, PREDICTION, width))
 
 
 def _write_sounds(
-    folder: Path, find: Callable[[str], Path | None], clips: Iterable[str], pool: ThreadPoolExecutor
+    folder: _Beside, find: Callable[[str], Path | None], clips: Iterable[str], pool: ThreadPoolExecutor
 ) -> dict[str, str]:
     found = {clip: path for clip in clips if (path := find(clip)) is not None}
-    addresses = pool.map(lambda item: _write(folder, f"sound/{item[0]}.mp3", mp3(item[1])), found.items())
+    addresses = pool.map(lambda item: folder.write(f"sound/{item[0]}.mp3", mp3(item[1])), found.items())
     return dict(zip(found, addresses, strict=True))
-
-
-def _emptied(page: Path) -> Path:
-    """The folder beside a page, without what an earlier report left there."""
-    folder = page.with_name(f"{page.stem}_files")
-    for name in PARTS:
-        if (folder / name).exists():
-            shutil.rmtree(folder / name)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _write(folder: Path, name: str, data: bytes) -> str:
-    """Write a file, without waiting for the disk; returns its address relative to the page."""
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-    return quote(f"{folder.name}/{name}")

@@ -11,8 +11,9 @@ from typing import Any
 from utils.errors import DataError
 
 SPLIT_ORDER = ("val", "test_s", "test_u", "test_n")
-MINI_WORLD_FILE = "mini_truth.jsonl"
-"""Only the mini world has this table, so an evaluation that names it was made on synthetic data."""
+MINI_FILES = frozenset({"mini_truth.jsonl", "mini_s4.json"})
+"""Only synthetic data (the mini world, its S4) have one of these, so an evaluation that names it was made on them."""
+TRAINING_SPLIT = "train"
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,8 @@ class PredictedRow:
     """Clip whose sound it heard."""
     masks: tuple[dict[str, Any], ...]
     """Predicted COCO RLE per frame."""
-
-    @property
-    def clip(self) -> str:
-        """Folder of the row's own clip."""
-        return self.uid.rsplit("_", 2)[0]
+    clip: str
+    """Folder of the row's own clip."""
 
     @property
     def is_null(self) -> bool:
@@ -49,8 +47,9 @@ class PredictedRow:
         return "S" in self.scores
 
     @property
-    def class_right(self) -> bool:
-        return self.answer_class == self.class_name
+    def class_right(self) -> bool | None:
+        """Whether the answer names the true class; None where the benchmark tells none (AVSBench MS3)."""
+        return self.answer_class == self.class_name if self.class_name else None
 
     @property
     def jf(self) -> float | None:
@@ -58,13 +57,16 @@ class PredictedRow:
         return None if "J" not in self.scores else (self.scores["J"] + self.scores["F"]) / 2
 
     @staticmethod
-    def from_json(record: Mapping[str, Any]) -> PredictedRow:
+    def from_json(record: Mapping[str, Any], benchmark: str = "refavs") -> PredictedRow:
+        """One line of predictions.jsonl; on Ref-AVS the uid is <clip>_<object>_<number>, on AVSBench the clip."""
+        uid = record["uid"]
         return PredictedRow(
             row=record["row"], uid=record["uid"], split=record["split"], reference=record["reference"],
             kind=record["kind"], class_name=record["class_name"], text=record["reasoning"],
             answer_class=record["answer_class"], has_seg=record["has_seg"], faithful=record["faithful"],
             scores={name: record[name] for name in ("J", "F", "S") if name in record},
             video=record["video"], audio=record["audio"], masks=tuple(record["masks"]),
+            clip=uid.rsplit("_", 2)[0] if benchmark == "refavs" else uid,
         )  # fmt: skip
 
 
@@ -101,13 +103,20 @@ class Evaluation:
         return self.fact("config", {}).get("data", {}).get("root")
 
     @property
+    def benchmark(self) -> str:
+        """data.benchmark: rows of two benchmarks have nothing in common, whatever their numbers."""
+        return _benchmark(self.fact("config", {}))
+
+    @property
     def is_mini(self) -> bool:
-        """Whether the data are the synthetic mini world."""
-        return MINI_WORLD_FILE in self.fact("files", {})
+        """Whether the data are synthetic: the mini world, or S4 made of it."""
+        return not MINI_FILES.isdisjoint(self.fact("files", {}))
 
 
 def find_evaluations(folder: Path, prefix: str = "") -> list[Evaluation]:
     """The evaluations in `folder`: itself, if it holds <split>/metrics.json, else those at most two levels below.
+
+    What scripts/mine_failures.py evaluated, the training split alone, counts only if it is named itself.
 
     Args:
         folder: of an evaluation, or of a run with its evaluations.
@@ -119,6 +128,7 @@ def find_evaluations(folder: Path, prefix: str = "") -> list[Evaluation]:
     if _splits(folder):
         return [read_evaluation(folder, prefix or _short(folder))]
     found = [path for depth in ("*", "*/*") for path in sorted(folder.glob(depth)) if path.is_dir() and _splits(path)]
+    found = [path for path in found if {file.parent.name for file in _splits(path)} != {TRAINING_SPLIT}]
     found.sort(key=lambda path: min(file.stat().st_mtime for file in _splits(path)))
     return [read_evaluation(path, prefix + _short(path)) for path in found]
 
@@ -134,8 +144,9 @@ def read_evaluation(folder: Path, name: str) -> Evaluation:
     for path in sorted(_splits(folder), key=lambda p: (order.get(p.parent.name, len(order)), p.parent.name)):
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
+            benchmark = _benchmark(facts.get("config", {}))
             with open(path.parent / "predictions.jsonl", encoding="utf-8") as lines:
-                found = [PredictedRow.from_json(json.loads(line)) for line in lines]
+                found = [PredictedRow.from_json(json.loads(line), benchmark) for line in lines]
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{path.parent}: no complete evaluation ({error!r}). Remedy: evaluate again.") from error
         metrics[facts["split"]] = facts
@@ -149,6 +160,11 @@ def shared_rows(before: Evaluation, after: Evaluation) -> list[int]:
     Raises:
         DataError: one number stands for different expressions.
     """
+    if before.benchmark != after.benchmark:
+        raise DataError(
+            f"{before.folder} is of {before.benchmark} and {after.folder} of {after.benchmark}; only evaluations of "
+            "one benchmark can be compared. Remedy: name two of one benchmark."
+        )
     numbers = sorted(before.rows.keys() & after.rows.keys())
     for number in numbers:
         ours, theirs = before.rows[number], after.rows[number]
@@ -161,12 +177,25 @@ def shared_rows(before: Evaluation, after: Evaluation) -> list[int]:
 
 
 def pairs(evaluations: Iterable[Evaluation]) -> list[tuple[Evaluation, Evaluation]]:
-    """What is compared by default: each stage with the one before it, each probe with its stage unprobed."""
-    plain = [e for e in evaluations if e.probe == "none"]
-    found = list(zip(plain, plain[1:], strict=False))
-    for probe in (e for e in evaluations if e.probe != "none"):
-        found += [(base, probe) for base in plain if base.checkpoint == probe.checkpoint][:1]
+    """What is compared by default: each stage with the one before it, each probe with its stage unprobed.
+
+    Both are of one benchmark.
+    """
+    plain: dict[str, list[Evaluation]] = {}
+    probes = []
+    for evaluation in evaluations:
+        if evaluation.probe == "none":
+            plain.setdefault(evaluation.benchmark, []).append(evaluation)
+        else:
+            probes.append(evaluation)
+    found = [pair for several in plain.values() for pair in zip(several, several[1:], strict=False)]
+    for probe in probes:
+        found += [(base, probe) for base in plain.get(probe.benchmark, []) if base.checkpoint == probe.checkpoint][:1]
     return found
+
+
+def _benchmark(config: Mapping[str, Any]) -> str:
+    return config.get("data", {}).get("benchmark", "refavs")
 
 
 def _splits(folder: Path) -> list[Path]:

@@ -25,7 +25,7 @@ const said = row => row.said[value('run')];
 const beside = row => value('beside') && value('beside') !== value('run') ? row.said[value('beside')] : undefined;
 const goodness = answer => answer.jf !== null ? answer.jf : 100 - answer.scores.S;
 const TESTS = {
-  right: a => a.right, wrong: a => !a.right, unfaithful: a => a.faithful === false, noseg: a => !a.seg,
+  right: a => a.right, wrong: a => a.right === false, unfaithful: a => a.faithful === false, noseg: a => !a.seg,
   high: a => a.jf !== null && a.jf >= 80, low: a => a.jf !== null && a.jf < 30,
 };
 const change = row => beside(row) ? goodness(said(row)) - goodness(beside(row)) : 0;
@@ -85,7 +85,8 @@ function layers(row, mask, title, kind) {
   return make('figure', kind, make('figcaption', '', title), strip);
 }
 function scores(answer) {
-  return Object.entries(answer.scores).map(([name, number]) => `${name} ${number.toFixed(1)}`).join('   ');
+  const all = Object.entries(answer.scores).concat(answer.jf === null ? [] : [['J&F', answer.jf]]);
+  return all.map(([name, number]) => `${name} ${number.toFixed(1)}`).join('   ');
 }
 function chip(text, good) {
   return make('span', 'chip' + (good === null ? '' : good ? ' good' : ' bad'), text);
@@ -125,20 +126,20 @@ function card(row) {
   } else if (answer.strip) {
     pictures.append(picture(answer.strip, 'frames, ground truth (green), prediction (orange)'));
   } else pictures.append(make('p', 'note', 'No picture was drawn of this row.'));
-  const player = sound(answer);
-  if (player) pictures.append(player);
+  const player = sound(answer), controls = make('div', 'controls', player);
   const where = [row.split, row.kind, `target ${row.cls}`, row.size, row.failure && `failure: ${row.failure}`];
   const meta = make('p', 'meta', `row ${row.row} · ` + where.filter(Boolean).join(' · '));
   const text = make('div', 'text', opinion(row, value('run'), answer));
   if (other) text.append(opinion(row, value('beside'), other));
-  const article = make('article', '', make('header', '', make('h3', '', row.ref), meta), pictures, text);
+  const article = make('article', '', make('header', '', make('h3', '', row.ref), meta), pictures,
+    make('div', 'below', text, controls));
   article.tabIndex = 0;
   article.setAttribute('aria-label', `row ${row.row}: ${row.ref}`);
   if (row.frames) {
     const button = make('button', 'enlarge', 'enlarge');
     button.type = 'button';
     button.addEventListener('click', () => enlarge(row));
-    pictures.append(button);
+    controls.append(button);
     for (const strip of pictures.querySelectorAll('.strip')) strip.addEventListener('click', event => {
       const area = strip.getBoundingClientRect(), g = grid(row);
       const x = Math.floor((event.clientX - area.left) / area.width * g.columns);
@@ -163,7 +164,8 @@ function enlarge(row, start = 0) {
     inner.style.width = `${100 * g.columns}%`;
     view.append(inner);
     views.push(inner);
-    stage.append(make('figure', '', make('figcaption', '', title), view));
+    const kind = mask === row.truth ? 'truth' : 'predicted';
+    stage.append(make('figure', kind, make('figcaption', '', title), view));
   }
   const slider = make('input'), label = make('span', 'meta');
   Object.assign(slider, {type: 'range', min: 0, max: row.n - 1, value: start});

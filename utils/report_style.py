@@ -12,6 +12,10 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1280px; 
 h1 { font-size: 1.6rem; margin: 1.4rem 0 .2rem; } h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; }
 h3 { font-size: 1.05rem; margin: 1.4rem 0 .4rem; } h4 { font-size: .95rem; margin: 1rem 0 .3rem; }
 p.note, figcaption, .meta { color: var(--dim); font-size: .87rem; } p.note { margin: .4rem 0; }
+.tiles { display: flex; flex-wrap: wrap; gap: .6rem; margin: 1rem 0 .2rem; }
+.tiles div { flex: 1 1 9rem; border: 1px solid var(--line); border-radius: .6rem; padding: .5rem .9rem; }
+.tiles dt { color: var(--dim); font-size: .83rem; } .tiles dd { margin: 0; font-size: 1.5rem; font-weight: 600;
+  font-variant-numeric: tabular-nums; }
 p.banner { border-left: 4px solid #d08a00; background: #d08a0018; padding: .5rem .8rem; margin: .8rem 0; }
 nav.top { position: sticky; top: 0; z-index: 2; background: var(--page); border-bottom: 1px solid var(--line);
   display: flex; gap: 1.1rem; overflow-x: auto; padding: .55rem 0; white-space: nowrap; }
@@ -23,11 +27,13 @@ tbody th, tbody td { vertical-align: top; } tbody th { font-weight: 500; }
 th, td { padding: .25rem .55rem; text-align: right; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; } thead th { border-bottom-width: 2px; }
 tbody th { position: sticky; left: 0; background: var(--page); }
+tr.first th, tr.first td { border-top: 1px solid var(--dim); } summary h3 { display: inline; }
 tr.paper th, tr.paper td { color: var(--dim); font-style: italic; } tr.paper th { padding-left: 1.4rem; }
 tr.ours th, tr.ours td { background: color-mix(in srgb, var(--accent) 12%, var(--page)); }
 td.words, thead th.words { text-align: left; white-space: normal; max-width: 24rem; }
 tr.groups th, tr.groups td { border-bottom: 0; text-align: center; padding-bottom: 0; color: var(--dim); }
-svg.bar { width: 90px; height: 12px; vertical-align: middle; } svg.bar .t { fill: var(--soft); }
+svg.bar { width: min(220px, 18vw); min-width: 90px; height: 12px; vertical-align: middle; }
+svg.bar .t { fill: var(--soft); }
 svg.bar .m { fill: var(--accent); opacity: .55; } svg.bar .w { stroke: var(--ink); stroke-width: 2; fill: none;
   vector-effect: non-scaling-stroke; }
 details { border: 1px solid var(--line); border-radius: .5rem; padding: .5rem .8rem; margin: .6rem 0; }
@@ -49,13 +55,17 @@ button { padding: .25rem .9rem; border: 1px solid var(--line); border-radius: .3
   background: var(--page); } button:hover { border-color: var(--accent); }
 .keys { font-size: .9rem; } .keys dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem .9rem; }
 dd { margin: 0; } kbd { border: 1px solid var(--line); border-radius: .25rem; padding: 0 .35rem; }
-article { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 1.2rem; padding: 1rem;
+article { display: grid; grid-template-columns: minmax(0, 1fr); padding: 1rem;
   margin: .8rem 0; background: var(--soft); border-radius: .6rem; row-gap: .6rem; scroll-margin-top: 3.2rem; }
-article header { grid-column: 1 / -1; } article h3 { margin: 0; } article .meta { margin: 0; }
-.said h4 { margin: 0 0 .2rem; } .said + .said { margin-top: 1rem; }
-.pictures { display: flex; flex-direction: column; gap: .45rem; } .pictures img { display: block; width: 100%; }
+article h3 { margin: 0; } article .meta { margin: 0; }
+.said h4 { margin: 0 0 .2rem; }
+.text { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
+.below { display: grid; grid-template-columns: minmax(0, 1fr) 16rem; gap: 1.2rem; align-items: start; }
+.controls { display: flex; flex-direction: column; gap: .45rem; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: .45rem .9rem; }
+.pictures img { display: block; width: 100%; max-width: 52rem; }
 .strip { position: relative; overflow: hidden; border-radius: .3rem; cursor: zoom-in; background: #000; }
-.strip img { position: absolute; inset: 0; width: 100%; height: 100%; }
+.strip img { position: absolute; inset: 0; width: 100%; height: 100%; max-width: none; }
 .truth figcaption::before, .predicted figcaption::before { content: ''; display: inline-block; width: .7em;
   height: .7em; border-radius: 50%; margin-right: .4em; background: #20c860; }
 .predicted figcaption::before { background: #ff6020; }
@@ -75,11 +85,13 @@ dialog { width: min(1100px, 96vw); max-height: 94vh; border: 1px solid var(--lin
   background: var(--page); color: var(--ink); padding: 1rem; } dialog::backdrop { background: #000a; }
 dialog .head { display: flex; justify-content: space-between; gap: 1rem; align-items: start; }
 dialog h3 { margin: 0; } .views { display: flex; flex-wrap: wrap; gap: .8rem; margin: .6rem 0; }
-.views figure { flex: 1 1 18rem; max-width: 40rem; } .view { position: relative; overflow: hidden; background: #000; }
+.views figure { flex: 1 1 18rem; max-width: 31rem; } .view { position: relative; overflow: hidden; background: #000; }
 .inner { position: relative; } .inner img { display: block; width: 100%; } .inner .mask { position: absolute; inset: 0;
-  height: 100%; } .slide { display: flex; gap: .8rem; align-items: center; } .slide input { flex: 1; }
-@media (max-width: 820px) { article { grid-template-columns: minmax(0, 1fr); padding: .7rem; }
+  height: 100%; } .slide { display: flex; gap: .8rem;
+  align-items: center; margin: .5rem 0; } .slide input { flex: 1; }
+@media (max-width: 820px) { article { padding: .7rem; } .below { grid-template-columns: minmax(0, 1fr); }
   body { padding: 0 .7rem 3rem; } .filters label { flex: 1 1 7rem; } tbody th { position: static; white-space: normal;
-  min-width: 7rem; max-width: 12rem; } td.words { min-width: 9rem; } thead th { white-space: nowrap; } }
+  min-width: 7rem; max-width: 12rem; }
+  tr.paper th { min-width: 11rem; } td.words { min-width: 9rem; } thead th { white-space: nowrap; } }
 @media print { nav.top, .filters, #more, audio, .enlarge { display: none; } }
 """

@@ -1,4 +1,4 @@
-"""The tables of a report as HTML: results beside the paper's, breakdowns with intervals, probes, paired comparisons.
+"""The tables of a report as HTML: breakdowns with intervals, probes, paired comparisons, failures, times.
 
 Every text is escaped here; numbers are in percent.
 """
@@ -12,17 +12,12 @@ from typing import Any
 
 from utils.bootstrap import DRAWS, Estimate
 from utils.breakdown import TIE, Change, Comparison, Dimension
-from utils.paper import SPLITS, STAGES, TABLE_1, Published, stage_key
 from utils.tables import Cell, text
 
-PROTOCOLS = {
-    "official": "256 x 256, J at 0.4, F and S pooled over 4 expressions",
-    "per_expression": "native size, J at 0.5, every expression on its own",
-}
-METRICS = ("J", "F", "J&F")
 WORDS = ' class="words"'
+FOLDED = 8
+"""A breakdown of more groups is folded."""
 _NUMERIC = re.compile(r"[-+\d.,\[\]→ ]*")
-MINI_NOTE = "Mini world: synthetic clips. These numbers say nothing about Ref-AVS and do not compare with the paper's."
 
 
 class Html(str):
@@ -35,6 +30,7 @@ def table(
     rows: Sequence[Sequence[Cell | Html]],
     marks: Sequence[str] = (),
     groups: Sequence[tuple[str, int]] = (),
+    spans: Sequence[int] = (),
 ) -> str:
     """A table in a box that scrolls by itself.
 
@@ -44,6 +40,7 @@ def table(
         rows: cells; the first of each row is its heading.
         marks: class of each row, where not all are alike.
         groups: (title, columns) of a line above the header.
+        spans: rows that the heading of each row covers, 0 where one above covers it; none = each its own.
     """
     titles = "".join(
         f'<th scope="colgroup" colspan="{span}">{escape(title)}</th>' if title else f'<td colspan="{span}"></td>'
@@ -56,9 +53,13 @@ def table(
     above = f'<tr class="groups">{titles}</tr>' if groups else ""
     lines = []
     for i, row in enumerate(rows):
-        mark = f' class="{escape(marks[i])}"' if marks and marks[i] else ""
+        covered = spans[i] if spans else 1
+        names = [marks[i] if marks else "", "first" if spans and covered else ""]
+        mark = f' class="{escape(" ".join(filter(None, names)))}"' if any(names) else ""
+        span = f' rowspan="{covered}"' if covered > 1 else ""
+        heading = f'<th scope="{"rowgroup" if span else "row"}"{span}>{_cell(row[0])}</th>' if covered else ""
         cells = "".join(f"<td{_side(value)}>{_cell(value)}</td>" for value in row[1:])
-        lines.append(f'<tr{mark}><th scope="row">{_cell(row[0])}</th>{cells}</tr>')
+        lines.append(f"<tr{mark}>{heading}{cells}</tr>")
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}"><table>'
         f"<thead>{above}<tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
@@ -69,63 +70,8 @@ def note(words: str) -> str:
     return f'<p class="note">{escape(words)}</p>'
 
 
-def stage_tables(stages: Mapping[str, Any], mini: bool) -> str:
-    """Every stage under both protocols; under the official one each is followed by what the paper reports for it."""
-    return "".join(_stage_table(stages, protocol, mini) for protocol in PROTOCOLS)
-
-
-def _stage_table(stages: Mapping[str, Any], protocol: str, mini: bool) -> str:
-    header = ["stage", *METRICS * len(SPLITS), "S", "class accuracy", "faithful", "rows"]
-    groups = [("", 1), *((title, len(METRICS)) for title in SPLITS.values()), ("null", 1), ("", 3)]
-    rows: list[list[Cell]] = []
-    marks = []
-    for name, stage in stages.items():
-        cells = [_of(stage.get(split), protocol).get(m) for split in SPLITS for m in METRICS]
-        counted = [split["n"] for split in (stage.get(s) for s in ("test_s", "test_u", "test_n")) if split]
-        shares = [stage.get("class_accuracy"), stage.get("faithful"), sum(counted)]
-        rows.append([name, *cells, _of(stage.get("test_n"), protocol).get("S"), *shares])
-        marks.append("")
-        published = STAGES.get(stage_key(stage.get("trained", ""), stage.get("answer", "")))
-        if published and protocol == "official":
-            rows.append([f"paper: {published.method} ({published.group})", *_published(published), *[None] * 4])
-            marks.append("paper")
-    words = f"Protocol {protocol}: {PROTOCOLS[protocol]}. Percent; S: lower is better; mix: mean of seen and unseen; "
-    words += "class accuracy and faithful: of the seen split."
-    given = [name for name, stage in stages.items() if stage.get("answers") == "given"]
-    if given:
-        words += f" {', '.join(given)}: reads the true class instead of answering, as when it teaches."
-    if mini and "paper" in marks:
-        words += f" {MINI_NOTE}"
-    return table(f"Scores of the stages, protocol {protocol}", header, rows, marks, groups) + note(words)
-
-
-def paper_table(stages: Mapping[str, Any], mini: bool) -> str:
-    """Table 1 of the paper with our stages below it."""
-    rows: list[list[Cell]] = []
-    marks = []
-    for line in TABLE_1:
-        rows.append([line.method, line.group, *_published(line)])
-        marks.append("")
-    for name, stage in stages.items():
-        cells = [_of(stage.get(split), "official").get(m) for split in SPLITS for m in METRICS]
-        if any(cell is not None for cell in cells):
-            rows.append([name, "this report" + (", mini world" if mini else ""), *cells])
-            marks.append("ours")
-    header = ["method", "kind", *METRICS * len(SPLITS)]
-    groups = [("", 2), *((title, len(METRICS)) for title in SPLITS.values())]
-    words = "Table 1 of the paper as printed (Mix J&F of CRAB and AURORA do not follow from their neighbours there). "
-    words += "Our rows: protocol official. " + (MINI_NOTE if mini else "")
-    return table("Table 1 of the paper and this report", header, rows, marks, groups) + note(words)
-
-
-def _published(line: Published) -> list[Cell]:
-    nothing = (None,) * len(METRICS)
-    values = [value for split in SPLITS for value in line.scores.get(split, nothing)]
-    return [None if value is None else f"{value:.1f}" for value in values]
-
-
 def breakdown_tables(evaluations: Mapping[str, Sequence[Dimension]]) -> str:
-    """One table per dimension, with the evaluations side by side.
+    """One table per dimension; the evaluations stand below each other in each group, so that their bars compare.
 
     Args:
         evaluations: name -> its dimensions (`breakdown.break_down`).
@@ -134,41 +80,53 @@ def breakdown_tables(evaluations: Mapping[str, Sequence[Dimension]]) -> str:
     parts = [
         note(
             f"Protocol per_expression, percent: mean and 95 % interval of {DRAWS} resamples of whole clips, as "
-            "expressions about one clip are not independent. Bars: 0 to 100."
+            "expressions about one clip are not independent. Bar and interval: the last score, 0 to 100. Class: share "
+            "of the answers that name the right one."
         )
     ]
     for title in titles:
         found = {name: d for name, dimensions in evaluations.items() for d in dimensions if d.title == title}
-        parts.append(f"<h3>{escape(title)}</h3>{_dimension_table(title, found)}")
+        drawn, groups = _dimension_table(title, found)
+        if groups > FOLDED:
+            parts.append(f"<details><summary><h3>{escape(title)}</h3> {groups} groups</summary>{drawn}</details>")
+        else:
+            parts.append(f"<h3>{escape(title)}</h3>{drawn}")
     return "".join(parts)
 
 
-def _dimension_table(title: str, found: Mapping[str, Dimension]) -> str:
+def _dimension_table(title: str, found: Mapping[str, Dimension]) -> tuple[str, int]:
+    """The table, and its number of groups."""
     names = dict.fromkeys(group.name for d in found.values() for group in d.groups)
     metrics = dict.fromkeys(m for d in found.values() for group in d.groups for m in group.scores)
-    header: list[Cell] = [title.lower()]
-    for _ in found:
-        header += ["rows", *metrics, "95 % interval", Html("&nbsp;"), "class"]
-    groups_above = [("", 1), *((name, len(metrics) + 4) for name in found)]
+    header: list[Cell] = [title.lower(), "evaluation", "rows", *metrics, "95 % interval", Html("&nbsp;"), "class"]
     rows: list[list[Cell | Html]] = []
+    spans = []
     for group_name in names:
-        row: list[Cell | Html] = [group_name]
-        for dimension in found.values():
-            group = next((g for g in dimension.groups if g.name == group_name), None)
-            if group is None:
-                row += [None] * (len(metrics) + 4)
-                continue
+        inside = [(name, g) for name, d in found.items() for g in d.groups if g.name == group_name]
+        for k, (name, group) in enumerate(inside):
             last = group.scores[next(reversed(metrics))]
             means = [f"{group.scores[m].mean:.1f}" for m in metrics]
-            row += [last.rows, *means, _interval(last), _bar(last), f"{group.class_accuracy:.1f}"]
-        rows.append(row)
-    return table(f"Scores by {title.lower()}", header, rows, (), groups_above)
+            accuracy = None if group.class_accuracy is None else f"{group.class_accuracy:.1f}"
+            rows.append([group_name, name, last.rows, *means, _interval(last), _bar(last), accuracy])
+            spans.append(0 if k else len(inside))
+    return table(f"Scores by {title.lower()}", header, rows, spans=spans), len(names)
 
 
-def probe_table(stages: Mapping[str, Any], probes: Mapping[str, Any]) -> str:
-    """The same questions with the sound or the frames of another clip, by question kind (protocol official)."""
-    base = stages[next(iter(probes.values())).get("stage", next(reversed(stages)))]
-    header: list[Cell] = ["kind", "J&F", *[part for name in probes for part in (name, "change")]]
+def probe_tables(stages: Mapping[str, Any], probes: Mapping[str, Any]) -> str:
+    """The same questions with the sound or the frames of another clip, by question kind; a table per probed stage."""
+    last = next(reversed(stages))
+    by_stage: dict[str, dict[str, Any]] = {}
+    for name, probe in probes.items():
+        found, kind = by_stage.setdefault(probe.get("stage", last), {}), probe.get("probe", name)
+        found[name if kind in found else kind] = probe
+    words = "The same questions with the sound or the frames of another clip (zero_audio: with silence): what falls "
+    words += "was used. J&F of test_s, protocol official, percent."
+    drawn = [_probe_table(n, stages[n], found) for n, found in by_stage.items() if stages.get(n, {}).get("test_s")]
+    return "".join(drawn) + note(words) if drawn else ""
+
+
+def _probe_table(name: str, base: Mapping[str, Any], probes: Mapping[str, Any]) -> str:
+    header: list[Cell] = [f"{name}, by kind", "as it is", *[part for probe in probes for part in (probe, "change")]]
     rows: list[list[Cell]] = []
     for kind, scores in {"all": base.get("test_s"), **base.get("kinds", {})}.items():
         plain = (scores or {}).get("J&F")
@@ -176,10 +134,9 @@ def probe_table(stages: Mapping[str, Any], probes: Mapping[str, Any]) -> str:
         for probe in probes.values():
             probed = (probe.get("test_s") if kind == "all" else probe.get("kinds", {}).get(kind)) or {}
             value = probed.get("J&F")
-            row += [value, None if value is None or plain is None else f"{value - plain:+.2f}"]
+            row += [value, None if value is None or plain is None else signed(value - plain, 2)]
         rows.append(row)
-    words = "The same questions with the sound or the frames of another clip: what falls was used. test_s, official."
-    return table("Probes by question kind", header, rows) + note(words)
+    return table(f"Probes of {name} by question kind", header, rows)
 
 
 def comparison_block(comparison: Comparison, opened: bool) -> str:
@@ -187,15 +144,15 @@ def comparison_block(comparison: Comparison, opened: bool) -> str:
     whole = comparison.groups[0]
     title = f"{comparison.after} against {comparison.before}"
     summary = (
-        f"<summary><strong>{escape(title)}</strong>: J&amp;F {_signed(whole.change)}, "
+        f"<summary><strong>{escape(title)}</strong>: J&amp;F {_change(whole.change)}, "
         f'<span class="good">{whole.wins} rows better</span>, <span class="bad">{whole.losses} worse</span>, '
         f"{whole.change.rows - whole.wins - whole.losses} within {TIE:g} point</summary>"
     )
     header = ["rows of", "rows", comparison.before, comparison.after, "change of J&F", "95 % interval"]
     header += ["wins", "losses"]
     rows: list[list[Cell | Html]] = [
-        [g.name, g.change.rows, f"{g.before:.1f}", f"{g.after:.1f}", f"{g.change.mean:+.1f}", _interval(g.change, "+"),
-         g.wins, g.losses]
+        [g.name, g.change.rows, f"{g.before:.1f}", f"{g.after:.1f}", signed(g.change.mean, 1),
+         _interval(g.change, True), g.wins, g.losses]
         for g in comparison.groups
     ]
     words = (
@@ -221,7 +178,7 @@ def _change_table(label: str, comparison: Comparison, changes: Sequence[Change])
         answers = f"{before.answer_class or 'none'} → {after.answer_class or 'none'}"
         scores = f"{before.jf:.1f} → {after.jf:.1f}"
         rows.append([link, after.reference, after.kind, after.class_name,
-                     answers, scores, f"{change.points:+.1f}"])
+                     answers, scores, signed(change.points, 1)])
     return table(label, header, rows)
 
 
@@ -247,21 +204,22 @@ def seconds_table(seconds: Mapping[str, float]) -> str:
     return table("Seconds per step", ["step", "seconds"], [[name, float(value)] for name, value in seconds.items()])
 
 
-def _of(scores: Mapping[str, Any] | None, protocol: str) -> Mapping[str, Any]:
-    """The scores of a protocol: official ones stand in the open, the others one level below."""
-    scores = scores or {}
-    return scores if protocol == "official" else scores.get(protocol, {})
+def signed(value: float, digits: int) -> str:
+    """A difference with its sign; what rounds to nothing has none."""
+    written = f"{value:+.{digits}f}"
+    return written[1:] if not float(written) else written
 
 
-def _interval(estimate: Estimate, sign: str = "") -> str | None:
+def _interval(estimate: Estimate, of_change: bool = False) -> str | None:
     if estimate.low is None:
         return None
-    return f"[{estimate.low:{sign}.1f}, {estimate.high:{sign}.1f}]"
+    low, high = (signed(v, 1) if of_change else f"{v:.1f}" for v in (estimate.low, estimate.high))
+    return f"[{low}, {high}]"
 
 
-def _signed(estimate: Estimate) -> str:
-    interval = _interval(estimate, "+")
-    return f"{estimate.mean:+.1f}" + (f" {interval}" if interval else "")
+def _change(estimate: Estimate) -> str:
+    interval = _interval(estimate, True)
+    return signed(estimate.mean, 1) + (f" {interval}" if interval else "")
 
 
 def _bar(estimate: Estimate) -> Html:

@@ -13,8 +13,8 @@ from urllib.parse import quote
 from utils.breakdown import break_down, compare, size_names
 from utils.curves import GRPO_FIGURES, charts_of_runs
 from utils.report import Report, render_page
-from utils.report_gallery import gallery_data
-from utils.report_media import WIDTH, Drawn, MediaSource, draw_media, draw_sounds
+from utils.report_gallery import gallery_data, gallery_rows
+from utils.report_media import WIDTH, Drawn, MediaSource, draw_media, draw_sounds, empty_files
 from utils.report_runs import Evaluation, find_evaluations, pairs
 from utils.report_samples import read_groups
 from utils.results import write_bytes
@@ -27,6 +27,8 @@ CURVES = tuple(dict.fromkeys((
 """Scalars of metrics.jsonl that are drawn, where a run has them."""
 
 _SHARES = ("class_accuracy", "format_share", "faithful")
+ROW_PROTOCOL = "per_expression"
+"""The protocol under which a single row has scores of its own."""
 
 
 def stage_summary(folder: Path) -> dict[str, Any]:
@@ -36,43 +38,68 @@ def stage_summary(folder: Path) -> dict[str, Any]:
         folder: of the evaluation, with <split>/metrics.json.
 
     Returns:
-        Per split J, F, J&F (or S) under protocol official, n, shares and "per_expression" with the same; `mix`, the
-        mean of test_s and test_u; `kinds` and the shares of test_s at the top; `answers`, whether they were generated
-        or given; `trained` and `answer`, the stage and the kind of answer.
+        Per split J, F, J&F (or S) under `protocol`, n, shares and "per_expression" with the same; `protocol`, official
+        or that of AVSBench (the scores are left out where per_expression alone was asked for); `mix`, the mean of
+        test_s and test_u; `kinds` and the shares of test_s (AVSBench: test) at the top; `answers`, whether they were
+        generated or given; `trained` and `answer`, the stage and the kind of answer; `benchmark`.
     """
     summary: dict[str, Any] = {}
     for path in sorted(folder.glob("*/metrics.json")):
         metrics = json.loads(path.read_text(encoding="utf-8"))
-        scores = metrics["scores"]
-        summary["answers"] = metrics.get("answers", "generated")
-        summary["trained"] = metrics.get("stage", "")
-        summary["answer"] = metrics.get("config", {}).get("data", {}).get("answer", "")
-        kinds = {name: _group(group) for name, group in scores["kinds"].items()}
-        summary[metrics["split"]] = {**_group(scores), "failed": len(scores["failed"]), "kinds": kinds}
+        scores, data = metrics["scores"], metrics.get("config", {}).get("data", {})
+        protocol = next((name for name in metrics["protocols"] if name != ROW_PROTOCOL), ROW_PROTOCOL)
+        summary |= {"benchmark": data.get("benchmark", "refavs"), "protocol": protocol}
+        summary |= {"answers": metrics.get("answers", "generated"), "trained": metrics.get("stage", "")}
+        summary["answer"] = data.get("answer", "")
+        kinds = {name: _group(group, protocol) for name, group in scores["kinds"].items()}
+        summary[metrics["split"]] = {**_group(scores, protocol), "failed": len(scores["failed"]), "kinds": kinds}
     if "test_s" in summary and "test_u" in summary:
-        seen, unseen = summary["test_s"], summary["test_u"]
-        inner = mix_scores(seen["per_expression"], unseen["per_expression"])
-        summary["mix"] = {**mix_scores(seen, unseen), "per_expression": inner}
-    if "test_s" in summary:
-        summary["kinds"] = summary["test_s"].pop("kinds")
-        summary |= {name: summary["test_s"][name] for name in _SHARES}
+        summary["mix"] = _mix(summary["test_s"], summary["test_u"])
+    first = next((split for split in ("test_s", "test") if split in summary), None)
+    if first is not None:
+        summary["kinds"] = summary[first].pop("kinds")
+        summary |= {name: summary[first][name] for name in _SHARES}
     return summary
 
 
-def _group(scores: Mapping[str, Any]) -> dict[str, Any]:
-    official = scores["official"]
-    return {**official, **{name: scores[name] for name in _SHARES}, "per_expression": scores["per_expression"]}
+def _group(scores: Mapping[str, Any], protocol: str) -> dict[str, Any]:
+    """The scores of a protocol in the open, those of single rows one level below."""
+    open_scores = {} if protocol == ROW_PROTOCOL else scores[protocol]
+    shares = {name: scores[name] for name in _SHARES}
+    return {"n": scores["n"], **open_scores, **shares, ROW_PROTOCOL: scores.get(ROW_PROTOCOL, {})}
+
+
+def _mix(seen: Mapping[str, Any], unseen: Mapping[str, Any]) -> dict[str, Any]:
+    """The mean of two splits, under each protocol that both were scored with."""
+    inner = (seen[ROW_PROTOCOL], unseen[ROW_PROTOCOL])
+    mixed: dict[str, Any] = mix_scores(seen, unseen) if "J" in seen and "J" in unseen else {}
+    return mixed | {ROW_PROTOCOL: mix_scores(*inner) if all("J" in scores for scores in inner) else {}}
 
 
 def run_summary(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
-    """`stages` and `probes` of a report; a probe names the stage that it probes."""
+    """`stages` and `probes` of a report; see `probe_summaries`."""
     plain = [e for e in evaluations if e.probe == "none"]
     base = {e.checkpoint: e.name for e in reversed(plain)}
-    probes = {e.name: e for e in evaluations if e.probe != "none" and e.checkpoint in base}
+    probes = [(e, base[e.checkpoint]) for e in evaluations if e.probe != "none" and e.checkpoint in base]
     return {
         "stages": {e.name: stage_summary(e.folder) for e in plain},
-        "probes": {name: {"stage": base[e.checkpoint], **stage_summary(e.folder)} for name, e in probes.items()},
+        "probes": probe_summaries([(e.probe, stage, e.name, e.folder) for e, stage in probes]),
     }
+
+
+def probe_summaries(probes: Iterable[tuple[str, str, str, Path]]) -> dict[str, dict[str, Any]]:
+    """`probes` of a report: probe -> its `stage_summary` with `stage` and `probe`.
+
+    The first probe of its kind has its kind's name (shuffle_audio, ...); further ones, of other stages, have their own,
+    so that none replaces another.
+
+    Args:
+        probes: (probe, stage that it probes, name of the evaluation, its folder).
+    """
+    named: dict[str, dict[str, Any]] = {}
+    for probe, stage, name, folder in probes:
+        named[name if probe in named else probe] = {"stage": stage, "probe": probe, **stage_summary(folder)}
+    return named
 
 
 def write_page(
@@ -104,11 +131,12 @@ def write_report(
     summary: Mapping[str, Any],
     evaluations: Sequence[Evaluation],
     runs: Sequence[tuple[str, Path]],
-    media: Path | MediaSource | None,
+    media: Mapping[str, MediaSource] | Path | MediaSource | None,
     shown: Sequence[Evaluation],
     compared: Sequence[tuple[Evaluation, Evaluation]] | None = None,
     limit: int | None = None,
     width: int = WIDTH,
+    taxonomies: Sequence[Path] = (),
 ) -> None:
     """Write a page and the files beside it.
 
@@ -117,37 +145,59 @@ def write_report(
         title: its heading.
         summary: see `report.Report`.
         evaluations: that are broken down.
-        runs: (name, folder) of training runs whose curves are drawn and whose failure taxonomy is shown.
-        media: draws frames and masks of every row that is shown. A path (folder `media` of the data) gives the sounds
-            alone, None not even these; the pictures are then those that the evaluation drew (eval.pictures).
+        runs: (name, folder) of training runs whose curves are drawn.
+        media: benchmark -> draws frames and masks of every row that is shown; one alone is that of Ref-AVS. A path
+            (folder `media` of the data) gives the sounds alone, None not even these; the pictures are then those that
+            the evaluation drew (eval.pictures).
         shown: evaluations whose clips are shown.
         compared: (before, after); None = `report_runs.pairs`.
-        limit: at most this many rows are shown, evenly spread over splits and kinds; None = all.
+        limit: at most this many rows of a benchmark are shown, evenly spread over splits and kinds; None = all.
         width: of a frame in pixels.
+        taxonomies: folders where failure types are looked for first, then in those of `runs` and of the page.
 
     Raises:
         DataError: media or results are missing or contradict each other.
     """
-    rows = _shown_rows(shown, None if isinstance(media, MediaSource) else path, limit)
-    drawn = _draw(path, media, shown, rows, width)
-    shares = {n: found.share for n, found in drawn.rows.items() if found.share > 0} if drawn else {}
-    sizes = size_names(shares)
-    table, failures = read_taxonomy([folder for _, folder in runs] + [path.parent])
-    strips = {(e.name, n): address for e in shown for n in rows if (address := _strip(e, n, path)) is not None}
+    table, failures = read_taxonomy([*taxonomies, *(folder for _, folder in runs), path.parent])
+    empty_files(path)
+    clips: list[dict[str, Any]] = []
+    sizes: dict[str, dict[int, str]] = {}
+    for benchmark in dict.fromkeys(e.benchmark for e in shown):
+        alike = [e for e in shown if e.benchmark == benchmark]
+        source = media.get(benchmark) if isinstance(media, Mapping) else media
+        found, sizes[benchmark] = _clips(path, source, alike, limit, width, failures if benchmark == "refavs" else {})
+        clips += found
     chosen = pairs(evaluations) if compared is None else compared
     comparisons = [found for before, after in chosen if (found := compare(before, after)) is not None]
+    plain = [e for e in evaluations if e.probe == "none"]
     report = Report(
         title=title,
         summary=summary,
-        breakdowns={e.name: break_down(list(e.rows.values()), sizes) for e in evaluations if e.probe == "none"},
+        breakdowns={e.name: break_down(list(e.rows.values()), sizes.get(e.benchmark, {})) for e in plain},
         comparisons=comparisons,
         failures=table,
         charts=charts_of_runs([(name, folder / "metrics.jsonl") for name, folder in runs], CURVES),
         samples={name: groups for name, folder in runs if (groups := read_groups(folder))},
-        gallery=gallery_data(shown, rows, drawn, strips, sizes, failures),
+        gallery=gallery_data(shown, clips) if shown else {},
         mini=any(e.is_mini for e in evaluations),
     )
     write_bytes(path, render_page(report).encode())
+
+
+def _clips(
+    page: Path,
+    media: Path | MediaSource | None,
+    shown: Sequence[Evaluation],
+    limit: int | None,
+    width: int,
+    failures: Mapping[int, str],
+) -> tuple[list[dict[str, Any]], dict[int, str]]:
+    """The clips that evaluations of one benchmark show, and row -> name of its mask size."""
+    rows = _shown_rows(shown, None if isinstance(media, MediaSource) else page, limit)
+    drawn = _draw(page, media, shown, rows, width)
+    sizes = size_names({n: found.share for n, found in drawn.rows.items() if found.share > 0} if drawn else {})
+    strips = {(e.name, n): address for e in shown for n in rows if (address := _strip(e, n, page)) is not None}
+    return gallery_rows(shown, rows, drawn, strips, sizes, failures), sizes
 
 
 def read_taxonomy(folders: Iterable[Path]) -> tuple[list[dict[str, str]], dict[int, str]]:
@@ -181,9 +231,7 @@ def _draw(
         return None
     if isinstance(media, MediaSource):
         return draw_media(page, media, shown, rows, width)
-    heard = [e.rows[n].audio for e in shown for n in rows if n in e.rows]
-    paths = {clip: media / clip / "audio.wav" for clip in heard}
-    return draw_sounds(page, lambda clip: paths[clip] if paths[clip].is_file() else None, heard)
+    return draw_sounds(page, lambda clip: path if (path := media / clip / "audio.wav").is_file() else None, shown, rows)
 
 
 def _strip(evaluation: Evaluation, row: int, page: Path) -> str | None:
@@ -196,11 +244,12 @@ def _strip(evaluation: Evaluation, row: int, page: Path) -> str | None:
 
 def summary_table(summary: Mapping[str, Any]) -> str:
     """Every split of every stage, then the probes, as plain text."""
-    named = {**summary["stages"], **{f"{p['stage']}, {name}": p for name, p in summary["probes"].items()}}
+    named = {**summary["stages"]}
+    named |= {f"{p['stage']}, {p.get('probe', name)}": p for name, p in summary["probes"].items()}
     rows = [
         [name, split, *[stage[split].get(score) for score in ("J", "F", "J&F", "S", "n")]]
         for name, stage in named.items()
-        for split in ("test_s", "test_u", "mix", "test_n")
+        for split in ("val", "test_s", "test_u", "mix", "test_n", "test")
         if split in stage
     ]
     return format_table(["stage", "split", "J", "F", "J&F", "S", "n"], rows)
