@@ -24,11 +24,13 @@ for name in ("init_from", "sft.teacher_checkpoint"):
     assert name not in arguments or (pathlib.Path(arguments[name]) / "config.yaml").exists(), arguments
 (folder / "final").mkdir(exist_ok=True)
 (folder / "final/config.yaml").write_text("")
+(folder / "checkpoints/step_000100").mkdir(parents=True, exist_ok=True)
+(folder / "checkpoints/step_000100/config.yaml").write_text("")
 '''
 EVALUATE = COMMON + '''
 MADE = {"wo_mllm": 30, "wo_cot": 50, "wo_distill": 64, "cot": 60, "crt_grpo": 70, "s4": 75}
 folder, checkpoint = pathlib.Path(arguments["eval.output_dir"]), pathlib.Path(arguments["eval.checkpoint"])
-name, seed = checkpoint.parent.name.split("-")[:2]
+name, seed = checkpoint.parents["checkpoints" in checkpoint.parts].name.split("-")[:2]
 note("eval_" + name)
 s4 = "eval_s4" in sys.argv[2]
 for split in (("test",) if s4 else ("test_s", "test_u")):

@@ -48,7 +48,12 @@ def test_study_compares_with_its_start(tmp_path: Path) -> None:
     project = make_project(tmp_path)
     assert main(["--table", "grpo", "--seeds", "2", "--jobs", "2"], project) == 0
     made = log(project)
-    assert {name for name in made if not name.startswith("eval_")} == {"make_mini_world", "teacher", *STUDY_TRAININGS}
+    assert {name for name in made if not name.startswith("eval_")} == {
+        "make_mini_world",
+        "teacher",
+        "cot",
+        *(name for name in STUDY_TRAININGS if name.startswith("early")),
+    }
     text = (project / "runs/ablations/mini/table_grpo.md").read_text()
     assert text.startswith("# What stage 3 changes") and "paper" not in text.split("| row |")[1]
     assert "| J | F | J&F | class accuracy | faithful | seeds |" in text and "J&F against the first row" in text

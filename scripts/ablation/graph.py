@@ -83,9 +83,11 @@ TRAININGS: dict[str, Train] = {
     "mllm": Train(),
     "mllm_seg": Train({"init_from": "mllm/final"}),
 }
-EARLY = {"init_from": "early/final"}
+CHECKPOINTS = {"early": "cot/checkpoints/step_000100"}
+"""What is evaluated and built upon though it is no training's end: stage 1 stopped half way."""
+EARLY = {"init_from": CHECKPOINTS["early"]}
 STUDY_TRAININGS: dict[str, Train] = {
-    "early": Train(TEACHER),
+    "crt_all": TRAININGS["crt"],
     "early_sft": Train({**EARLY, **TEACHER}),
     **{f"early_{name}": Train(EARLY) for name in ("grpo", "format", "t1", "all", "best", "none", "reasoning")},
 }
@@ -208,7 +210,7 @@ class Graph:
         return Node(name, seed, key, step, config, step.needs, "train")
 
     def _evaluation(self, name: str, spec: Evaluate, seed: int) -> Node:
-        inputs = {"eval.checkpoint": f"{spec.of}/final"}
+        inputs = {"eval.checkpoint": CHECKPOINTS.get(spec.of, f"{spec.of}/final")}
         if spec.config == "eval_s4":
             inputs["data.root"] = "s4_data/v2"
         values, parents = self._inputs(inputs, seed)

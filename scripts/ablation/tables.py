@@ -81,10 +81,17 @@ TABLES: dict[int | str, Table] = {
     8: Table(8, "Fixed and flexible reasoning paths", _rows(8, "fixed", "cot")),
 }  # fmt: skip
 STUDIES: dict[int | str, Table] = {
+    "reflective": Table(
+        "reflective", "What stage 2 changes",
+        (Row("stage 1", "eval_cot", {}), Row("stage 2", "eval_crt", {}),
+         Row("stage 2, loss on wrong paths too", "eval_crt_all", {})),
+        remark="Ours, mini world alone. Settings of stage 2 were chosen on val.",
+        extras=("class_accuracy", "faithful"), against=0,
+    ),
     "grpo": Table(
-        "grpo", "What stage 3 changes, from a short stage 1",
+        "grpo", "What stage 3 changes, from a stage 1 that was stopped half way",
         tuple(Row(method, f"eval_{run}", {}) for method, run in (
-            ("start: 100 steps of stage 1", "early"),
+            ("start: stage 1 at step 100", "early"),
             ("more stage 1 for the same time", "early_sft"),
             ("GRPO", "early_grpo"),
             ("GRPO, format reward alone", "early_format"),
