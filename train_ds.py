@@ -7,22 +7,22 @@ interrupted continues from its newest complete checkpoint when the same command 
 from __future__ import annotations
 
 import argparse
-import errno
 import sys
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.schema import RunConfig
 from utils.config import check_paths, help_text, load_config, save_config
-from utils.errors import AuroraError, ConfigError, Problem, plain
+from utils.errors import AuroraError, ConfigError, Problem
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
-"""Numbers of the errors of a disk that is full, read-only or broken."""
+INTACT = "the last checkpoint is intact, and the same command continues from it"
 
 if TYPE_CHECKING:  # imported late: --help and every configuration error come before anything heavy
     from model.stages.base import Stage
+    from model.stages.replay import Micro
     from utils.checkpoint import Progress
     from utils.ds import deepspeed
     from utils.log import RunLog
@@ -48,35 +48,19 @@ def main(arguments: list[str] | None = None) -> int:
         if config.stage == "eval":
             raise ConfigError([Problem("stage", "eval", "is no training stage", "use train_ds_test.py")])
         check_paths(config)
-        run(config, options.fresh)
     except AuroraError as error:
-        print(f"error: {plain(error)}", file=sys.stderr, flush=True)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
-    except (OSError, RuntimeError) as error:
-        text = explained(error, options)
-        if text is None:
-            raise
-        print(f"error: {text}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+    from utils.failures import run_command
+
+    return run_command(lambda: run(config, options.fresh), INTACT, partial(memory_advice, options))
 
 
-def explained(error: OSError | RuntimeError, options: argparse.Namespace) -> str | None:
-    """A full disk, a lost decoding process or too little GPU memory in words; None for any other error."""
-    import torch
+def memory_advice(options: argparse.Namespace) -> str:
+    """What fills the GPU, and the cheapest change."""
+    from scripts.plan_memory import explain
 
-    intact = "the last checkpoint is intact, and the same command continues from it"
-    if isinstance(error, torch.OutOfMemoryError):
-        from scripts.plan_memory import explain
-
-        reason = str(error).splitlines()[0]
-        return f"{reason} {explain(Path(options.config), options.overrides)} {intact.capitalize()}."
-    if isinstance(error, OSError) and error.errno in NO_ROOM:
-        return f"{error}. Remedy: free space, or correct the rights of output_dir; {intact}."
-    if "DataLoader worker" in str(error):
-        reason = str(error).splitlines()[0]
-        return f"a decoding process was lost: {reason} Remedy: lower data.num_workers if memory is short; {intact}."
-    return None
+    return explain(Path(options.config), options.overrides)
 
 
 def run(config: RunConfig, fresh: bool = False) -> None:
@@ -132,7 +116,7 @@ def run(config: RunConfig, fresh: bool = False) -> None:
     for _ in train(engine, stage, loader, config, progress, log, preemption):
         checkpoint.save_checkpoint(engine, config, progress, save_weights)
     if progress.step < config.optim.steps:
-        logger.info("stopped by SIGTERM after step %d, saved; the same command continues", progress.step)
+        logger.info("stopped by SIGTERM after step %d; the same command continues", progress.step)
     else:
         save_weights(output / "final")
         logger.info("done: %d steps, weights in %s", progress.step, output / "final")
@@ -167,15 +151,19 @@ def train(
     accumulation, steps = config.engine.accumulation, config.optim.steps
     updates = config.grpo.updates_per_batch if config.stage == "grpo" else 1
     engine.train()
+    if preemption.agreed():  # while everything was loaded
+        return
     while progress.step < steps:
         start = progress.step
         # A batch is prepared when its turn comes; only several updates on the same samples need all of them kept.
-        rollouts = prepared_batches(stage, islice(batches, accumulation), watch, start + 1)
+        rollouts = prepared_batches(stage, islice(batches, accumulation), config, watch, start + 1)
         rollouts = list(rollouts) if updates > 1 else rollouts
         for _ in range(updates):
             rate = engine.get_lr()[0]
-            for batch, prepared, rng in rollouts:
-                with dumped(stage, batch, rng, config, progress.step + 1):
+            micros: list[Micro] = []
+            for batch, prepared, micro in rollouts:
+                micros.append(micro)
+                with dumped(stage, [micro], config, progress.step + 1):
                     loss = stage.loss(prepared)
                     check_finite(loss, progress.step + 1, batch)
                 engine.backward(loss.total)
@@ -183,8 +171,8 @@ def train(
                 means.add(loss.parts)
             progress.step += 1
             norm = gradient_norm(engine)
-            with dumped(stage, batch, rng, config, progress.step):
-                check_norm(norm, progress.step, batch)
+            with dumped(stage, micros, config, progress.step):
+                check_norm(norm, progress.step, [name for one in micros for name in one.names])
             log.advance()
             if progress.step % config.log.every == 0:
                 row = recent.add({**means.reduce(), "lr": rate, "grad_norm": norm})
@@ -206,18 +194,19 @@ def train(
 
 
 def prepared_batches(
-    stage: Stage, batches: Iterable[Batch], watch: Watch, step: int
-) -> Iterator[tuple[Batch, Any, dict[str, Any]]]:
-    """(batch, what the stage made of it, random generators before that); drawn answers are watched."""
-    from utils.seed import rng_state
+    stage: Stage, batches: Iterable[Batch], config: RunConfig, watch: Watch, step: int
+) -> Iterator[tuple[Batch, Any, Micro]]:
+    """(batch, what the stage made of it, what it takes to do that again); drawn answers are watched."""
+    from model.stages.replay import dumped, micro
 
     for batch in batches:
-        rng = rng_state()
-        prepared = stage.prepare(batch)
+        again = micro(batch)
+        with dumped(stage, [again], config, step):
+            prepared = stage.prepare(batch)
         drawn = getattr(prepared, "answers", None)
         if drawn is not None:
             watch.answers(step, drawn.texts, drawn.has_seg.tolist())
-        yield batch, prepared, rng
+        yield batch, prepared, again
 
 
 def answers(stage: Stage, batch: Batch, max_new_tokens: int) -> list[dict[str, Any]]:

@@ -22,6 +22,8 @@ from configs.schema import RunConfig
 from utils.config import check_paths, help_text, load_config
 from utils.errors import AuroraError, ConfigError, Problem
 
+INTACT = "finished rows are on disk, and the same command continues"
+
 if TYPE_CHECKING:  # imported late: --help and every configuration error come before anything heavy
     from transformers import PreTrainedTokenizerBase
 
@@ -43,14 +45,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     options = parser.parse_intermixed_args(arguments)
+    return guarded(options.config, options.overrides, run)
+
+
+def guarded(path: str, overrides: Sequence[str], evaluate: Callable[[RunConfig, str], object]) -> int:
+    """Read the configuration and evaluate; returns the exit status.
+
+    Args:
+        path: YAML file.
+        overrides: of the command line.
+        evaluate: given the configuration and the checkpoint's stage.
+    """
     try:
-        config, stage = evaluated_config(load_config(options.config, options.overrides), options.overrides)
+        config, stage = evaluated_config(load_config(path, overrides), overrides)
         check_paths(config)
-        run(config, stage)
     except AuroraError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
-    return 0
+    from scripts.plan_memory import explain
+    from utils.failures import run_command
+
+    return run_command(lambda: evaluate(config, stage), INTACT, lambda: explain(Path(path), overrides))
 
 
 def evaluated_config(config: RunConfig, overrides: Sequence[str]) -> tuple[RunConfig, str]:

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from dataset.cot import CotRecord
 from dataset.media import read_audio, read_frames
+from dataset.packed import Packed, PackedMap
 from dataset.processor import AuroraProcessor
 from dataset.prompt import NEED_REASONING, AnswerKind, Prompts
 from dataset.refavs import Row
@@ -77,11 +78,11 @@ class ClipDataset(Dataset[Sample]):
     ) -> None:
         if settings.probe not in PROBES:
             raise ValueError(f"probe = {settings.probe!r}: must be one of {', '.join(PROBES)}. Remedy: set eval.probe.")
-        self.index, self.rows = index, list(rows)
+        self.index, self.rows = index, Packed(rows)
         self.processor, self.prompts, self.settings = processor, prompts, settings
-        self.cot = dict(cot or {})
+        self.cot = PackedMap(cot or {})
         if settings.answer in NEED_REASONING or settings.teacher_answer in NEED_REASONING:
-            _check_reasoning(self.rows, self.cot)
+            _check_reasoning(rows, cot or {})
         self._other: dict[tuple[str, str], str] = {}
         if settings.probe in ("shuffle_audio", "shuffle_video"):
             for split in sorted({row.split for row in self.rows}):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import signal
 from collections.abc import Iterable, Sequence
@@ -104,6 +105,7 @@ def _init_patient_worker(worker: int) -> None:
     A scheduler sends it to all, and a worker that died of it would end the run before it has saved.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    gc.freeze()  # else a collection writes to all that is shared with the parent, and so copies it
     init_worker(worker)
 
 

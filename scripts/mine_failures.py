@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train_ds_test  # noqa: E402 - the project's root must be on the path first
+from configs.schema import RunConfig  # noqa: E402
 from dataset.annotate.failures import IOU, failure_lines, mine, mining_report  # noqa: E402
-from utils.config import check_paths, load_config  # noqa: E402
 from utils.errors import AuroraError  # noqa: E402
 from utils.results import write_json, write_jsonl  # noqa: E402
 
@@ -48,18 +48,15 @@ def main(arguments: list[str] | None = None) -> int:
         "eval.pictures=0",
         f"eval.output_dir={folder}",
     ]
-    try:
-        config, stage = train_ds_test.evaluated_config(load_config(options.config, settings), settings)
+
+    def evaluate(config: RunConfig, stage: str) -> None:
         if stage == "teacher":
             raise AuroraError(f"{options.checkpoint}: a teacher writes no reasoning. Remedy: name stage 1.")
-        check_paths(config)
         train_ds_test.run(config, stage)
         if os.environ.get("RANK", "0") == "0":
             write_failures(folder / "train" / "predictions.jsonl", options.out, options.iou)
-    except AuroraError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+
+    return train_ds_test.guarded(options.config, settings, evaluate)
 
 
 def write_failures(predictions: Path, out: Path, below: float) -> None:

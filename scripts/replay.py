@@ -4,7 +4,8 @@
     python scripts/replay.py runs/sft/dumps/step_000123_rank0 --weights runs/sft/checkpoints/step_000100
 
 Builds the model with the dump's weights (or those of a checkpoint) on one process without DeepSpeed, sets the random
-generators as they were and runs the batch, then each of its samples alone. Exit status 1 if something is not finite.
+generators as they were and runs each micro-batch of the dump, then each of its samples alone. Exit status 1 if
+something is not finite.
 """
 
 from __future__ import annotations
@@ -46,22 +47,23 @@ def replay(dump: Path, weights: Path | None, overrides: Sequence[str]) -> int:
     config = load_config(dump / "config.yaml", [*overrides, f"init_from={weights or dump}", "engine.zero_stage=0",
                                                "engine.offload=false"])  # fmt: skip
     check_paths(config)
-    stage, samples = build(config, found["samples"])
+    stage, batches = build(config, found["batches"])
     from dataset.collate import collate
 
     print(f"step {found['step']} of process {found['rank']}: {found['error']}")
-    device = stage.model.device
-    everything = run_again(stage, collate(samples).to(device), found["rng"])
-    rows = [("the batch", everything)]
-    if len(samples) > 1:
-        rows += [(f"{s.uid} (row {s.row})", run_again(stage, collate([s]).to(device), found["rng"])) for s in samples]
-    for name, result in rows:
-        print(f"{name}: {sentence(result)}")
-    return 1 if any(wrong(result) for _, result in rows) else 0
+    device, failed = stage.model.device, False
+    for number, (samples, rng) in enumerate(zip(batches, found["rng"], strict=True), 1):
+        rows = [(f"micro-batch {number} of {len(batches)}", samples)]
+        rows += [(f"{s.uid} (row {s.row})", [s]) for s in samples]
+        for name, members in rows:
+            result = run_again(stage, collate(members).to(device), rng)
+            print(f"{name}: {'NOT FINITE, ' if wrong(result) else ''}{sentence(result)}")
+            failed = failed or wrong(result)
+    return 1 if failed else 0
 
 
-def build(config: Any, wanted: list[dict[str, Any]]) -> tuple[Any, list[Any]]:
-    """The stage around the bare model in training mode, and the dump's samples.
+def build(config: Any, batches: list[list[dict[str, Any]]]) -> tuple[Any, list[list[Any]]]:
+    """The stage around the bare model in training mode, and the dump's samples by micro-batch.
 
     Raises:
         DataError: the data no longer hold such a sample.
@@ -81,15 +83,16 @@ def build(config: Any, wanted: list[dict[str, Any]]) -> tuple[Any, list[Any]]:
     processor = build_processor(config, tokenizer, sizes.vision.image_size, sizes.beats.mel_bins)
     clips = training_clips(config, processor, build_prompts(config.model, tokenizer, seg_id))
     rows = [row.row for part in getattr(clips, "datasets", [clips]) for row in part.rows]
-    samples = []
-    for one in wanted:
+
+    def sample_of(one: dict[str, Any]) -> Any:
         near = (clips[i] for i, row in enumerate(rows) if row == one["row"])
         sample = next((s for s in near if describe(s) == one), None)
         if sample is None:
             raise DataError(f"{config.data.root}: row {one['row']} is not what it was. Remedy: restore the data.")
-        samples.append(sample)
-    stage = build_stage(config, model.train(), tokenizer)
-    return stage, samples
+        return sample
+
+    samples = [[sample_of(one) for one in batch] for batch in batches]
+    return build_stage(config, model.train(), tokenizer), samples
 
 
 def wrong(result: dict[str, Any]) -> bool:

@@ -58,7 +58,7 @@ def test_metrics_are_cut_at_the_resumed_step(tmp_path: Path) -> None:
 def test_one_writer_per_folder(tmp_path: Path) -> None:
     held = claim(tmp_path / "run")
     with pytest.raises(CheckpointError, match="is writing there. Remedy: wait"):
-        claim(tmp_path / "run")
+        claim(tmp_path / "run", patience=0.1)
     fcntl.flock(held, fcntl.LOCK_UN)
     claim(tmp_path / "run").close()
 

@@ -1,19 +1,22 @@
-"""train_ds.py itself: killed in mid-run and started again, losses and weights equal an undisturbed run to the bit."""
+"""train_ds.py itself: killed or stopped in mid-run and started again, it equals an undisturbed run to the bit."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import signal
+import socket
 import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 from safetensors.torch import load_file
 
+from scripts import replay
 from tests.tiny_run import ROOT, command, environment, make_tiny_run, metrics, train
 
 STEPS = 14
@@ -37,9 +40,16 @@ def student(tiny: Path) -> tuple[str, ...]:
     )
 
 
-def kill_at(config: Path, folder: Path, rows: int, *overrides: str, processes: int = 1) -> None:
-    """Start a run and kill all its processes at once when `rows` rows of metrics are there."""
-    with (folder.parent / "killed.log").open("w") as output:
+def disturb(
+    config: Path, folder: Path, rows: int, act: Callable[[psutil.Process], None], *overrides: str, processes: int = 1
+) -> tuple[int, str, float]:
+    """Start a run and do something to it when `rows` rows of metrics are there.
+
+    Returns:
+        Exit status, all it printed, seconds from the act to its end.
+    """
+    log = folder.parent / "disturbed.log"
+    with log.open("w") as output:
         process = subprocess.Popen(
             command(config, *overrides, f"output_dir={folder}", processes=processes),
             cwd=ROOT,
@@ -49,28 +59,96 @@ def kill_at(config: Path, folder: Path, rows: int, *overrides: str, processes: i
         )
         path, end = folder / "metrics.jsonl", time.monotonic() + 600
         while not path.exists() or path.read_text().count("\n") < rows:
-            assert process.poll() is None and time.monotonic() < end, (folder.parent / "killed.log").read_text()
+            assert process.poll() is None and time.monotonic() < end, log.read_text()
             time.sleep(0.005)
-        for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
-            os.kill(victim.pid, signal.SIGKILL)
-        process.wait()
+        act(psutil.Process(process.pid))
+        start = time.monotonic()
+        status = process.wait(timeout=120)
+    return status, log.read_text(), time.monotonic() - start
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_run_equals_undisturbed_run(tiny: Path, tmp_path: Path, processes: int) -> None:
+def train_on_two_nodes(config: Path, folder: Path, *overrides: str) -> None:
+    """Two of DeepSpeed's launchers with a hostfile of two machines of one process each, both of which are this one."""
+    hosts = folder / "hosts"
+    hosts.write_text("node-a slots=1\nnode-b slots=1\n")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launch = [str(Path(sys.executable).parent / "deepspeed"), "--hostfile", str(hosts), "--no_ssh"]
+    launch += ["--master_addr", "127.0.0.1", "--master_port", port]
+    variables = {**environment(), "DS_ACCELERATOR": "cpu"}
+    nodes = []
+    for number in range(2):
+        line = [*launch, "--node_rank", str(number), *command(config, *overrides)[1:]]
+        with (folder / f"node{number}.log").open("w") as log:
+            nodes.append(subprocess.Popen(line, cwd=ROOT, env=variables, stdout=log, stderr=log))
+    for number, node in enumerate(nodes):
+        assert node.wait(timeout=600) == 0, (folder / f"node{number}.log").read_text()
+
+
+def kill_all(process: psutil.Process) -> None:
+    for victim in [*process.children(recursive=True), process]:
+        victim.kill()
+
+
+def kill_rank_1(launcher: psutil.Process) -> None:
+    ranks = {child.environ()["RANK"]: child for child in launcher.children()}
+    assert ranks.keys() == {"0", "1"}
+    ranks["1"].kill()
+
+
+def terminate_all(process: psutil.Process) -> None:
+    """As a scheduler does: decoding processes too."""
+    for each in [*process.children(recursive=True), process]:
+        each.terminate()
+
+
+def check_equal(ours: Path, theirs: Path) -> None:
+    """Every step once, losses and weights to the bit."""
+    assert [row["step"] for row in metrics(ours)] == list(range(1, STEPS + 1))
+    assert metrics(ours) == metrics(theirs)
+    mine, other = (load_file(run / "final" / "trained.safetensors") for run in (ours, theirs))
+    assert mine.keys() == other.keys() and all(mine[name].equal(other[name]) for name in mine)
+
+
+def test_killed_then_terminated_run_equals_undisturbed_run(tiny: Path, tmp_path: Path) -> None:
     overrides = student(tiny)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = train(tiny, *overrides, f"output_dir={whole}", processes=processes)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    done = train(tiny, *overrides, f"output_dir={whole}")
     assert done.returncode == 0, done.stderr
-    kill_at(tiny, killed, 6, *overrides, processes=processes)
-    assert not (killed / "final").exists() and metrics(killed)[-1]["step"] < STEPS
-    done = train(tiny, *overrides, f"output_dir={killed}", processes=processes)
-    assert done.returncode == 0, done.stderr
-    assert "continuing at step" in done.stderr
-    assert [row["step"] for row in metrics(killed)] == list(range(1, STEPS + 1))
-    assert metrics(killed) == metrics(whole)
-    ours, theirs = (load_file(run / "final" / "trained.safetensors") for run in (killed, whole))
-    assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
+    status, _, _ = disturb(tiny, broken, 6, kill_all, *overrides)
+    assert status == -9 and not (broken / "final").exists() and metrics(broken)[-1]["step"] < STEPS
+    status, log, _ = disturb(tiny, broken, 10, terminate_all, *overrides)
+    assert status == 0, log
+    last = metrics(broken)[-1]["step"]
+    assert "continuing at step" in log and "SIGTERM: saving after this step" in log and "Traceback" not in log
+    assert f"stopped by SIGTERM after step {last}" in log and last < STEPS and not (broken / "final").exists()
+    assert (broken / "checkpoints" / "latest").read_text() == f"step_{last:06d}"
+    done = train(tiny, *overrides, f"output_dir={broken}")
+    assert done.returncode == 0 and f"continuing at step {last}" in done.stderr, done.stderr
+    check_equal(broken, whole)
+
+
+def test_a_killed_rank_takes_the_job_down_and_the_run_goes_on_as_on_two_nodes(tiny: Path, tmp_path: Path) -> None:
+    overrides = student(tiny)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train_on_two_nodes(tiny, tmp_path, *overrides, f"output_dir={whole}")
+    status, log, seconds = disturb(tiny, broken, 6, kill_rank_1, *overrides, processes=2)
+    assert status == 1 and seconds < 60
+    assert "Signal 9 (SIGKILL) received by PID" in log, log
+    done = train(tiny, *overrides, f"output_dir={broken}", processes=2)
+    assert done.returncode == 0 and "continuing at step" in done.stderr, done.stderr
+    check_equal(broken, whole)
+
+
+def test_a_lost_decoding_process_is_named(tiny: Path, tmp_path: Path) -> None:
+    def kill_worker(process: psutil.Process) -> None:
+        for child in process.children():
+            child.kill()
+
+    status, log, seconds = disturb(tiny, tmp_path / "run", 2, kill_worker, "optim.steps=500", *SETTINGS[1:])
+    assert status == 1 and seconds < 60 and "Traceback" not in log, log
+    assert "error: a decoding process was lost" in log and "Remedy: lower data.num_workers" in log
 
 
 def test_what_a_run_leaves(tiny: Path) -> None:
@@ -105,10 +183,21 @@ def test_finished_changed_fresh(tiny: Path, tmp_path: Path) -> None:
     assert len(metrics(tmp_path / "run.previous-1")) == 3
 
 
-def test_non_finite_loss_names_the_samples(tiny: Path, tmp_path: Path) -> None:
+def test_non_finite_loss_names_the_samples_and_is_replayed(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     done = train(tiny, "optim.lr=1e30", "optim.clip_norm=0", f"output_dir={tmp_path}/run")
     assert done.returncode == 1, done.stderr
     assert "error: optimiser step" in done.stderr and "(row " in done.stderr and "Remedy" in done.stderr
+    (dump,) = (tmp_path / "run" / "dumps").iterdir()
+    assert f"To run the step again: python scripts/replay.py {dump}" in done.stderr
+    monkeypatch.setattr(os, "environ", environment())
+    assert replay.main([str(dump)]) == 1
+    printed = capsys.readouterr().out
+    found = json.loads((dump / "dump.json").read_text())
+    named = {f"{sample['uid']} (row {sample['row']})" for batch in found["batches"] for sample in batch}
+    assert named and all(f"{name}: NOT FINITE" in printed for name in named)
+    assert "first non-finite" in printed and f"step {found['step']} of process 0" in printed
 
 
 def test_broken_data_in_a_worker_names_the_sample(tiny: Path, tmp_path: Path) -> None:

@@ -16,9 +16,12 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import IO
 
@@ -39,6 +42,7 @@ __all__ = ["Progress", "checkpoint_to_resume", "claim", "find_checkpoint", "load
 FOLDER = "checkpoints"
 _ENGINE = "engine"
 _WRITING = ".writing-"
+_NAME = re.compile("step_[0-9]+")
 _log = logging.getLogger("aurora.checkpoint")
 
 
@@ -94,9 +98,12 @@ def save_checkpoint(
             _seal(engine, config, progress, writing, final)
     except (OSError, RuntimeError) as error:
         shutil.rmtree(writing, ignore_errors=True)  # gives its space back
+        again = "the run continues from the checkpoint before when started again"
+        if distributed.lost_process(error):
+            raise CheckpointError(f"{final}: another process was lost meanwhile ({error}); {again}.") from error
         raise CheckpointError(
             f"{final}: could not be written (process {distributed.rank()}: {error}). Remedy: free space or correct the "
-            f"rights of {root}; the run continues from the checkpoint before when started again."
+            f"rights of {root}; {again}."
         ) from error
     distributed.barrier()
     return final
@@ -209,8 +216,12 @@ def checkpoint_to_resume(config: RunConfig) -> Path | None:
     return folder
 
 
-def claim(output: Path) -> IO[str] | None:
+def claim(output: Path, patience: float = 20.0) -> IO[str] | None:
     """Hold a run's folder for the life of this process, so that no two runs write into one; all processes call it.
+
+    Args:
+        output: the run's folder.
+        patience: seconds to wait for a process that is about to end (the rest of a run that was killed).
 
     Returns:
         What holds it (keep it), on the main process.
@@ -224,7 +235,7 @@ def claim(output: Path) -> IO[str] | None:
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
             holder = path.open("a+", encoding="utf-8")
-            fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(holder, patience)
         except BlockingIOError:
             holder.seek(0)
             owner = holder.read().strip()
@@ -241,11 +252,23 @@ def claim(output: Path) -> IO[str] | None:
     return holder
 
 
+def _lock(file: IO[str], patience: float) -> None:
+    """Raises BlockingIOError when another process still holds the lock after `patience` seconds."""
+    end = time.monotonic() + patience
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+
+
 def put_aside(output: Path) -> None:
     """Rename an earlier run's folder to `<name>.previous-<n>`; all processes call it."""
     if distributed.is_main() and output.exists():
-        taken = len(list(output.parent.glob(f"{output.name}.previous-*")))
-        output.rename(output.with_name(f"{output.name}.previous-{taken + 1}"))
+        names = (output.with_name(f"{output.name}.previous-{number}") for number in count(1))
+        output.rename(next(name for name in names if not name.exists()))
     distributed.barrier()
 
 
@@ -261,4 +284,5 @@ def write_text(path: Path, text: str) -> None:
 
 def _steps(root: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(root.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
+    found = (path for path in root.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir())
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))

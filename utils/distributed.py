@@ -12,11 +12,16 @@ import torch
 import torch.distributed as dist
 
 from utils.ds import deepspeed
+from utils.parent import end_with_launcher
 
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)
 """Longest wait for another process (evaluation and saving of a 7B model included)."""
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "remote process",
+        "Socket Timeout", "Timed out waiting", "NCCL communicator was aborted", "failed to recv, got 0 bytes",
+        "failed to connect")  # fmt: skip
+"""What gloo, NCCL and the store say when another process is gone."""
 
 
 def start(threads: int | None = None) -> torch.device:
@@ -25,6 +30,7 @@ def start(threads: int | None = None) -> torch.device:
     Args:
         threads: CPU threads of this process; None = cores / processes on this machine.
     """
+    end_with_launcher()
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
@@ -85,6 +91,11 @@ def from_main(value: T) -> T:
     if world_size() > 1:
         dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def lost_process(error: BaseException) -> bool:
+    """Whether an error of an exchange means that another process is gone."""
+    return world_size() > 1 and isinstance(error, RuntimeError) and any(text in str(error) for text in LOST)
 
 
 def stop() -> None:

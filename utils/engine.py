@@ -87,14 +87,20 @@ def build_engine(model: nn.Module, config: RunConfig) -> deepspeed.DeepSpeedEngi
 
 
 class _ClipAndMeasure:
-    """Clips the gradient to a norm (0 = not) and leaves the norm before clipping where the engine looks for it."""
+    """Clips the gradient to a norm (0 = not) and leaves the norm before clipping where the engine looks for it.
+
+    A gradient that is not finite is dropped, as ZeRO drops it: the weights stay as they were when it was made.
+    """
 
     def __init__(self, clip_norm: float) -> None:
         self.clip_norm = clip_norm or math.inf
 
     def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        optimizer._global_grad_norm = nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        optimizer._global_grad_norm = norm = nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        if not bool(norm.isfinite()):
+            for parameter in parameters:
+                parameter.grad = None
 
 
 def deepspeed_config(engine: EngineConfig, optim: OptimConfig) -> dict[str, Any]:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from utils.errors import NonFiniteError
 from utils.types import Batch, StepLoss
+
+
+def named(samples: Iterable[tuple[str, int]]) -> str:
+    """(uid, row) pairs in words."""
+    return ", ".join(f"{uid} (row {row})" for uid, row in samples)
 
 
 def check_finite(loss: StepLoss, step: int, batch: Batch) -> None:
@@ -25,30 +31,29 @@ def check_finite(loss: StepLoss, step: int, batch: Batch) -> None:
     if bool(loss.total.isfinite()):
         return
     parts = ", ".join(f"{name} {float(value):.4g}" for name, value in loss.parts.items())
-    samples = ", ".join(f"{sample.uid} (row {sample.row})" for sample in batch.samples)
+    samples = named((sample.uid, sample.row) for sample in batch.samples)
     raise NonFiniteError(
         f"optimiser step {step}: the loss is {float(loss.total)} ({parts}) on {samples}. Remedy: look at these "
         "samples, lower optim.lr, or set engine.precision to fp32; the last checkpoint is intact."
     )
 
 
-def check_norm(norm: float, step: int, batch: Batch) -> None:
+def check_norm(norm: float, step: int, samples: Iterable[tuple[str, int]]) -> None:
     """Stop on a gradient norm that is NaN or infinite.
 
     Args:
         norm: of the whole optimiser step, before clipping.
         step: from 1.
-        batch: the last micro-batch of this process, for the message.
+        samples: (uid, row) of what this process trained on in that step, for the message.
 
     Raises:
         NonFiniteError: with the step and the samples.
     """
     if math.isfinite(norm):
         return
-    samples = ", ".join(f"{sample.uid} (row {sample.row})" for sample in batch.samples)
     raise NonFiniteError(
-        f"optimiser step {step}: the gradient norm is {norm}; the last samples of this process were {samples}. Remedy: "
-        "lower optim.lr, or set engine.precision to fp32; the last checkpoint is intact."
+        f"optimiser step {step}: the gradient norm is {norm}; this process trained on {named(samples)}. Remedy: lower "
+        "optim.lr, or set engine.precision to fp32; the last checkpoint is intact."
     )
 
 

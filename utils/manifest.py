@@ -29,7 +29,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     wrong = [n for n, kind in FIELDS.items() if not (isinstance(manifest, dict) and isinstance(manifest.get(n), kind))]
     if wrong:
         raise CheckpointError(f"{path}: {wrong[0]} is missing or of another type. Remedy: use another checkpoint.")
+    odd = [name for name, facts in manifest["files"].items() if not _is_entry(name, facts)]
+    if odd or not manifest["files"]:
+        raise CheckpointError(f"{path}: files holds no size and hash of {odd[:1]}. Remedy: use another checkpoint.")
     return manifest
+
+
+def _is_entry(name: str, facts: Any) -> bool:
+    """Whether a file of a manifest has a size and a hash, and lies in the folder."""
+    inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+    return inside and isinstance(facts, list) and [type(fact) for fact in facts] == [int, str]
 
 
 def describe(folder: Path) -> dict[str, list[Any]]:
@@ -61,12 +70,15 @@ def damage(folder: Path) -> str | None:
         return str(error)
     for name, (size, digest) in expected.items():
         path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if _sha256(path) != digest:
-            return f"{name} has another content than when it was written"
+        try:
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes instead of {size}"
+            if _sha256(path) != digest:
+                return f"{name} has another content than when it was written"
+        except (OSError, ValueError) as error:  # a broken disk; a name with a null character
+            return f"{name} cannot be read ({error})"
     return None
 
 

@@ -7,14 +7,12 @@ themselves continue; under another hash its folder is removed first, so that not
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import hashlib
 import json
 import os
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -27,6 +25,7 @@ from pathlib import Path
 from typing import IO
 
 from utils.errors import AuroraError
+from utils.parent import end_with_parent
 from utils.results import write_bytes, write_json
 
 
@@ -197,5 +196,4 @@ def _prepare_child(cores: frozenset[int] | None) -> None:
     """Ask Linux to terminate this process when its parent dies, however that happens, and keep to some cores."""
     if cores is not None:
         os.sched_setaffinity(0, cores)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    end_with_parent()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
+import time
 from types import FrameType
 
 from utils import distributed
@@ -19,6 +21,9 @@ _log = logging.getLogger("aurora.preempt")
 class Preemption:
     """Notes SIGTERM for the life of a run.
 
+    A thread keeps the time, woken by Python's own C handler of signals (`signal.set_wakeup_fd`): a handler in Python
+    would not run while the main thread waits inside a collective for a process that is lost.
+
     Args:
         grace_seconds: from the signal to the end, whatever is going on; a run that has not saved by then ends with
             TOO_LATE and continues later from the checkpoint before.
@@ -26,10 +31,15 @@ class Preemption:
 
     def __init__(self, grace_seconds: float) -> None:
         self.grace_seconds, self.asked = grace_seconds, False
-        self._timer: threading.Timer | None = None
         self._before = None
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._note)
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self._wakes, self._woken = socket.socketpair()
+        self._wakes.setblocking(False)
+        self._before = signal.signal(signal.SIGTERM, self._note)
+        self._fd_before = signal.set_wakeup_fd(self._wakes.fileno(), warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._keep_time, name="preemption", daemon=True)
+        self._thread.start()
 
     def agreed(self) -> bool:
         """Whether any process was asked to stop; all processes call it, so that all stop after the same step."""
@@ -37,19 +47,40 @@ class Preemption:
 
     def close(self) -> None:
         """Put the earlier handler back."""
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        if self._before is None:
+            return
+        signal.signal(signal.SIGTERM, self._before)
+        signal.set_wakeup_fd(self._fd_before)
+        self._before = None
+        self._wakes.shutdown(socket.SHUT_RDWR)  # ends the thread; close would not, as forked workers hold it too
+        self._wakes.close()
+        self._thread.join()
+        self._woken.close()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            return
+        """Lets the main thread go on; it asks `agreed` after its step."""
+        self.asked = True
+
+    def _keep_time(self) -> None:
+        while signal.SIGTERM not in (received := self._woken.recv(64)):
+            if not received:
+                return
         self.asked = True
         _log.warning("SIGTERM: saving after this step, at most %g s", self.grace_seconds)
-        self._timer = threading.Timer(self.grace_seconds, self._end)
-        self._timer.daemon = True
-        self._timer.start()
+        if not self._closed_within(self.grace_seconds):
+            self._end()
+
+    def _closed_within(self, seconds: float) -> bool:
+        """Whether `close` is called in time; further signals change nothing."""
+        end = time.monotonic() + seconds
+        try:
+            while (left := end - time.monotonic()) > 0:
+                self._woken.settimeout(min(left, threading.TIMEOUT_MAX))
+                if not self._woken.recv(64):
+                    return True
+        except TimeoutError:
+            pass
+        return False
 
     def _end(self) -> None:
         print(

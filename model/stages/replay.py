@@ -1,14 +1,17 @@
 """A step that went wrong, kept so that it can be run again (`scripts/replay.py`).
 
-A dump holds the configuration, the trained weights, the samples' rows and the random generators as they were before the
-batch was prepared. Under ZeRO-3 the weights are left out: gathering them needs every process, and one alone fails.
+A dump holds the configuration, the trained weights, and for every micro-batch the samples' rows and the random
+generators as they were before it was prepared: the micro-batch whose loss is not finite, or all of a step (of this
+process) whose gradient is not, which the optimiser then has not applied. Under ZeRO-3 the weights are left out:
+gathering them needs every process, and one alone fails.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,43 +24,64 @@ from model.stages.base import Stage
 from utils import distributed
 from utils.config import save_config
 from utils.errors import CheckpointError, NonFiniteError
+from utils.guards import named
 from utils.results import write_json
-from utils.seed import set_rng_state
+from utils.seed import rng_state, set_rng_state
 from utils.types import Batch, Sample
 
 
+@dataclass(frozen=True)
+class Micro:
+    """What it takes to run a micro-batch again."""
+
+    samples: list[dict[str, Any]]
+    """See `describe`."""
+    rng: dict[str, Any]
+    """`utils.seed.rng_state` before the batch was prepared."""
+
+    @property
+    def names(self) -> list[tuple[str, int]]:
+        """(uid, row) of the samples."""
+        return [(sample["uid"], sample["row"]) for sample in self.samples]
+
+
+def micro(batch: Batch) -> Micro:
+    """To be called before the batch is prepared."""
+    return Micro([describe(sample) for sample in batch.samples], rng_state())
+
+
 @contextmanager
-def dumped(stage: Stage, batch: Batch, rng: dict[str, Any], config: RunConfig, step: int) -> Iterator[None]:
+def dumped(stage: Stage, micros: Sequence[Micro], config: RunConfig, step: int) -> Iterator[None]:
     """Write a dump when a NonFiniteError comes out, and name it in the message.
 
     Args:
         stage: holds the model.
-        batch: the micro-batch at work.
-        rng: `utils.seed.rng_state` before the batch was prepared.
+        micros: the micro-batches it may come from.
         config: the run; the dump goes to `output_dir/dumps`.
         step: from 1.
     """
     try:
         yield
     except NonFiniteError as error:
+        text = str(error)
+        if not text.startswith("optimiser step"):  # raised where neither step nor samples are known
+            text = f"optimiser step {step}: {text} Samples: {named(name for m in micros for name in m.names)}."
         folder = Path(config.output_dir) / "dumps" / f"step_{step:06d}_rank{distributed.rank()}"
-        write_dump(folder, stage, batch, rng, config, step, str(error))
-        raise NonFiniteError(f"{error} To run the step again: python scripts/replay.py {folder}") from None
+        write_dump(folder, stage, micros, config, step, text)
+        raise NonFiniteError(f"{text} To run the step again: python scripts/replay.py {folder}") from None
 
 
-def write_dump(
-    folder: Path, stage: Stage, batch: Batch, rng: dict[str, Any], config: RunConfig, step: int, error: str
-) -> None:
+def write_dump(folder: Path, stage: Stage, micros: Sequence[Micro], config: RunConfig, step: int, error: str) -> None:
     """Everything that `load_dump` and scripts/replay.py need."""
     folder.mkdir(parents=True, exist_ok=True)
     whole = config.engine.zero_stage < 3
     if whole:
         save_trained(stage.model, folder)
-    torch.save(rng, folder / "rng.pt")
+    torch.save([m.rng for m in micros], folder / "rng.pt")
     save_config(config, folder)
     write_json(folder / "dump.json", {
         "step": step, "rank": distributed.rank(), "world_size": distributed.world_size(), "weights": whole,
-        "samples": [describe(sample) for sample in batch.samples], "error": error,
+        "batches": [m.samples for m in micros], "error": error,
     })  # fmt: skip
 
 
@@ -67,7 +91,7 @@ def describe(sample: Sample) -> dict[str, Any]:
 
 
 def load_dump(folder: Path) -> dict[str, Any]:
-    """dump.json, with the generators' state under `rng`.
+    """dump.json, with the generators' state of each batch under `rng`.
 
     Raises:
         CheckpointError: no dump there.

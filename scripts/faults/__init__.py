@@ -1,0 +1,1 @@
+"""The fault matrix (`scripts/fault_matrix.py`): processes that are killed, and what must come of it."""

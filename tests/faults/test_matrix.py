@@ -1,0 +1,82 @@
+"""The fault matrix of `scripts/fault_matrix.py` with few kills (AURORA_FAULT_KILLS, 1 of each case by default)."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from scripts.fault_matrix import Tally, compare, table
+from scripts.faults.lives import draw_kill, live
+from tests.tiny_run import ROOT, environment
+
+KILLS = int(os.environ.get("AURORA_FAULT_KILLS", "1"))
+CASES = ("teacher", "sft", "evaluation", "mining", "correction", "reflective", "grpo")
+
+
+def test_nothing_is_lost_or_doubled_wherever_processes_are_killed(tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    done = subprocess.run(
+        [sys.executable, "scripts/fault_matrix.py", "--kills", str(KILLS), "--json", str(figures)],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=3600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout)
+    tallies = [Tally(**case) for case in json.loads(figures.read_text())["cases"]]
+    assert tuple(tally.name for tally in tallies) == CASES
+    for tally in tallies:
+        assert tally.kills >= KILLS and tally.runs >= 1 and tally.right, tally
+        assert all(seconds < 60 for seconds in tally.detect_seconds), tally
+
+
+def test_moments_are_seeded_and_cover_both_kinds() -> None:
+    drawn = [draw_kill(random.Random(f"0/{i}"), 10.0, 2) for i in range(200)]
+    assert drawn == [draw_kill(random.Random(f"0/{i}"), 10.0, 2) for i in range(200)]
+    assert all(0 <= kill.after <= 10 for kill in drawn)
+    kinds = Counter(kill.victims for kill in drawn)
+    assert kinds.keys() == {(0,), (1,), (0, 1)} and min(kinds.values()) > 20
+
+
+def test_lives_tell_killed_from_failed(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+
+    def sleeps() -> int:
+        (tmp_path / "work").write_text("x")
+        time.sleep(30)
+        return 0
+
+    def size() -> int:
+        path = tmp_path / "work"
+        return path.stat().st_size if path.exists() else 0
+
+    kill = next(k for i in range(99) if len((k := draw_kill(random.Random(i), 0.5, 2)).victims) == 1 and k.after > 0.3)
+    life = live(sleeps, 2, log, size, kill)
+    assert life.status == -9 and life.seconds < 20 and life.detected is not None and life.first_work is not None
+    assert live(lambda: 3, 1, log, size).status == 3
+    assert live(lambda: 0, 1, log, size).status == 0
+    assert live(lambda: 1 // 0, 1, log, size).status == 1 and "ZeroDivisionError" in log.read_text()
+
+
+class _Case:
+    """What `compare` asks of a case."""
+
+    def items(self, folder: Path) -> list[int]:
+        return json.loads((folder / "rows").read_text())
+
+    def files(self, folder: Path) -> dict[str, bytes]:
+        return {"rows": (folder / "rows").read_bytes()}
+
+
+def test_losses_and_doubles_are_counted(tmp_path: Path) -> None:
+    for name, rows in (("whole", [1, 2, 3]), ("killed", [1, 3, 3])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows").write_text(json.dumps(rows))
+    tally = Tally("case", 1.0, killed_all=1, runs=1, resume_seconds=[1.0, 3.0])
+    compare(_Case(), tmp_path / "whole", tmp_path / "killed", tally)
+    assert (tally.lost, tally.doubled, tally.different, tally.right) == (1, 1, ["rows"], False)
+    assert "| case | 0 / 1 | 1 | 1 | 1 | rows | - | 2.0, 3.0 | 1.0 |" in table([tally])

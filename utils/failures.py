@@ -1,0 +1,71 @@
+"""How a command that trains or evaluates ends when something goes wrong: a cause, a remedy, and never a hang."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+import torch
+
+from utils.distributed import lost_process, world_size
+from utils.errors import AuroraError, plain
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+"""Numbers of the errors of a disk that is full, read-only or broken."""
+
+
+def run_command(action: Callable[[], object], intact: str, memory: Callable[[], str]) -> int:
+    """Run a command to its end; returns its exit status.
+
+    Errors that a user can repair are printed without a traceback. Of several processes, one that fails ends at once:
+    the interpreter's orderly end may wait inside NCCL for the others, which wait for this one, and the launcher would
+    not learn of it.
+
+    Args:
+        action: the command.
+        intact: what is safe, for the message: "the last checkpoint is intact, and ...".
+        memory: what fills the GPU and what would help, asked for when its memory is exhausted.
+    """
+    status = 1
+    try:
+        action()
+        status = 0
+    except AuroraError as error:
+        print(f"error: {plain(error)}", file=sys.stderr, flush=True)
+    except (OSError, RuntimeError) as error:
+        text = explained(error, intact, memory)
+        if text is None:
+            raise
+        print(f"error: {text}", file=sys.stderr, flush=True)
+    finally:
+        if status and world_size() > 1:
+            if not isinstance(sys.exc_info()[1], SystemExit | None):
+                traceback.print_exc()
+            _leave(status)
+    return status
+
+
+def explained(error: OSError | RuntimeError, intact: str, memory: Callable[[], str]) -> str | None:
+    """A full disk, a lost process or too little GPU memory in words; None for any other error."""
+    reason = (str(error).splitlines() or [""])[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{reason} {memory()} {intact[0].upper()}{intact[1:]}."
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return f"{error}. Remedy: free space, or correct the rights of that folder; {intact}."
+    if lost_process(error):
+        return f"another process of this run was lost, see its message or the launcher's ({reason}); {intact}."
+    if "DataLoader worker" in str(error):
+        return f"a decoding process was lost: {reason} Remedy: lower data.num_workers if memory is short; {intact}."
+    return None
+
+
+def _leave(status: int) -> None:
+    for child in multiprocessing.active_children():  # decoding processes
+        child.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
