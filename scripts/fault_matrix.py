@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import median
 
@@ -73,11 +73,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", help="cases, separated by commas; those they build on run undisturbed")
     parser.add_argument("--out", type=Path, help="folder of the runs, kept; default: a temporary one")
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--add", type=Path, nargs="*", default=[], help="figures of earlier runs, added to the table")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.out or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         tallies = matrix(folder, options.kills, options.seed, options.only.split(",") if options.only else None)
+    for path in options.add:
+        tallies = added(tallies, [Tally(**case) for case in json.loads(path.read_text())["cases"]])
     print(table(tallies))
     if options.json:
         write_json(options.json, {"kills": options.kills, "seed": options.seed, "cases": [asdict(t) for t in tallies]})
@@ -142,6 +145,19 @@ def compare(case: Case, whole: Path, folder: Path, tally: Tally) -> None:
     tally.doubled += (found - expected).total()
     ours, theirs = case.files(folder), case.files(whole)
     tally.different += sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+
+
+def added(ours: list[Tally], others: list[Tally]) -> list[Tally]:
+    """Sums case by case: counts, and lists one behind the other; undisturbed seconds are ours."""
+    known = {tally.name: tally for tally in others}
+    found = []
+    for tally in ours:
+        if tally.name in known:
+            other = known.pop(tally.name)
+            sums = {f.name: getattr(tally, f.name) + getattr(other, f.name) for f in fields(Tally)[2:]}
+            tally = replace(tally, **sums)
+        found.append(tally)
+    return [*found, *known.values()]
 
 
 def table(tallies: list[Tally]) -> str:

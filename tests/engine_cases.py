@@ -160,6 +160,10 @@ def keep_and_damage(folder: str) -> dict[str, Any]:
     found["other parameters"] = _refused(engine, manifest.parent)
     (root / "step_000002" / "rank_0.pt").unlink()
     found["all damaged"] = find_checkpoint(folder)
+    try:
+        checkpoint_to_resume(run)
+    except CheckpointError as error:
+        found["refused"] = str(error)
     return found
 
 

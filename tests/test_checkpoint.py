@@ -29,6 +29,7 @@ def test_kept_skipped_refused(tmp_path: Path) -> None:
     assert "the optimiser states of process 1 are missing. Remedy" in found["other world"]
     assert "body.weight" in found["other parameters"] and "Remedy" in found["other parameters"]
     assert found["all damaged"] is None
+    assert "all 2 checkpoints are damaged" in found["refused"] and "--fresh" in found["refused"]
 
 
 def test_best_is_kept_and_a_full_disk_harms_nothing(tmp_path: Path) -> None:
@@ -50,7 +51,7 @@ def test_another_number_of_processes_goes_on(tmp_path: Path) -> None:
 
 def test_metrics_are_cut_at_the_resumed_step(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st', encoding="utf-8")
+    path.write_bytes(b'{"step": 1}\n3\n{"loss": 1}\n{"step": 2}\n\xff\x00\n{"step": 3}\n{"st')
     log._keep_rows(path, 2)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
 

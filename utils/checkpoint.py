@@ -190,10 +190,18 @@ def checkpoint_to_resume(config: RunConfig) -> Path | None:
     """The newest complete checkpoint of the run, if it may go on under `config`; all processes call it.
 
     Raises:
-        CheckpointError: it was written with another configuration (in more than `utils.config.FREE_ON_RESUME`).
+        CheckpointError: it was written with another configuration (in more than `utils.config.FREE_ON_RESUME`), or
+            there are checkpoints, but every one is damaged.
     """
     folder = find_checkpoint(config.output_dir)
     if folder is None:
+        root = Path(config.output_dir) / FOLDER
+        damaged = distributed.from_main(len(_steps(root)))
+        if damaged:
+            raise CheckpointError(
+                f"{root}: all {damaged} checkpoints are damaged, see the warnings. Remedy: restore one of them, or "
+                "start anew with --fresh (the earlier run keeps another name)."
+            )
         return None
     before, written = load_config(folder / "config.yaml"), read_manifest(folder)["world_size"]
     moved = written != distributed.world_size()

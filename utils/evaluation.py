@@ -168,6 +168,8 @@ def _finished(task: SplitTask) -> dict[str, Any] | None:
         metrics = json.loads((task.folder / "metrics.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
+    if not isinstance(metrics, dict):
+        return None
     complete = metrics.get("identity") == task.identity and (task.folder / "predictions.jsonl").is_file()
     return metrics["scores"] if complete else None
 

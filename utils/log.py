@@ -162,14 +162,15 @@ def _write_row(stream: Any, row: dict[str, Any]) -> None:
 
 
 def _keep_rows(path: Path, done: int) -> None:
-    """Remove the rows after step `done`, and a last line that a kill cut short."""
+    """Remove the rows after step `done`, and lines that a kill or a broken disk spoiled."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    # split at "\n" alone: str.splitlines would also cut at U+2028, which JSON allows inside a string
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             if json.loads(line)["step"] <= done:
                 kept.append(line + "\n")
-        except ValueError:
+        except (ValueError, TypeError, KeyError):
             continue
     write_text(path, "".join(kept))

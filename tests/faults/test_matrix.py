@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from scripts.fault_matrix import Tally, compare, table
+from scripts.fault_matrix import Tally, added, compare, table
 from scripts.faults.lives import draw_kill, live
 from tests.tiny_run import ROOT, environment
 
@@ -80,3 +80,5 @@ def test_losses_and_doubles_are_counted(tmp_path: Path) -> None:
     compare(_Case(), tmp_path / "whole", tmp_path / "killed", tally)
     assert (tally.lost, tally.doubled, tally.different, tally.right) == (1, 1, ["rows"], False)
     assert "| case | 0 / 1 | 1 | 1 | 1 | rows | - | 2.0, 3.0 | 1.0 |" in table([tally])
+    both = added([tally], [Tally("case", 2.0, killed_one=3, runs=2, resume_seconds=[7.0]), Tally("other", 1.0)])
+    assert "| case | 3 / 1 | 3 | 1 | 1 | rows | - | 3.0, 7.0 | 1.0 |" in table(both) and both[1].name == "other"
