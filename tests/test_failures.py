@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from scripts.plan_memory import explain
-from tests.tiny_run import ROOT
-from utils import distributed, failures
+from tests.tiny_run import ROOT, make_tiny_run
+from utils import failures
 from utils.failures import run_command
 
 INTACT = "the last checkpoint is intact"
@@ -63,7 +63,7 @@ def test_one_of_several_processes_ends_at_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     left: list[int] = []
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(failures, "world_size", lambda: 2)
     monkeypatch.setattr(failures, "_leave", left.append)
     lost = "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:42077"
@@ -75,8 +75,8 @@ def test_one_of_several_processes_ends_at_once(
     assert left == [1, 1] and "KeyError" in capsys.readouterr().err
 
 
-def test_the_memory_plan_names_the_component_and_the_cheapest_change() -> None:
-    text = explain(ROOT / "configs" / "mini" / "sft.yaml", [])
+def test_the_memory_plan_names_the_component_and_the_cheapest_change(tmp_path: Path) -> None:
+    text = explain(make_tiny_run(tmp_path), [])
     assert "GB" in text and "most of it" in text and "Remedy: " in text and "scripts/plan_memory.py" in text
 
 

@@ -13,7 +13,6 @@ import json
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -39,7 +38,7 @@ class Step:
 
     name: str
     command: tuple[str, ...]
-    """A script and its arguments, run by python or by DeepSpeed's launcher."""
+    """A script and its arguments, run by python or, in several processes, by torchrun."""
     folder: Path
     """Written by this step alone; removed before a start under another hash than the last."""
     output: Path
@@ -123,10 +122,15 @@ class Pipeline:
         return self.root / step.output
 
     def _launched(self, step: Step) -> tuple[str, ...]:
-        """The command line; the launcher is no part of a step's hash, since its port changes."""
+        """The command line; the launcher is no part of a step's hash.
+
+        torchrun, because it ends its processes when it is terminated. The command `deepspeed` does not pass SIGTERM on
+        to the launcher that it starts (deepspeed/launcher/runner.py), whose processes would train on, unseen.
+        """
         if not step.parallel or self.processes == 1:
             return ("python", *step.command)
-        return ("deepspeed", "--num_gpus", str(self.processes), "--master_port", str(_free_port()), *step.command)
+        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes))
+        return ("python", *launcher, *step.command)
 
     def _call(self, command: Sequence[str]) -> int:
         """Run a command with this interpreter's `bin` first in PATH; it ends with this process."""
@@ -179,12 +183,6 @@ def locked(path: Path, patience: float = 20.0) -> Iterator[IO[str]]:
                     ) from None
                 time.sleep(0.5)
         yield file
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _files(root: Path, patterns: Iterable[str]) -> list[Path]:
