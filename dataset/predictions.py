@@ -7,7 +7,8 @@ One folder per row, found under one of these names (`LAYOUTS`; the one under whi
     <pred>/<clip>/fid_<fid>/00000.png ...  as the ground truth: all expressions about one object share a folder
 
 Images are numbered from 0 (0.png or 00000.png), one per frame, 8 or 16 bit grey. An image that holds only 0 and the
-largest value (255 or 65535) is a mask; any other is a probability, value / largest value.
+largest value (255 or 65535) is a mask; any other is a probability, value / largest value. A row of 8-bit images with
+one value besides 0 may be either (a mask of label 1, a palette's colour): it is refused until `kind` says which.
 """
 
 from __future__ import annotations
@@ -70,6 +71,12 @@ class PredictionFolder:
         return [row for row in self.rows if not self.folder(row).is_dir()]
 
     @property
+    def others(self) -> int:
+        """Folders beside those of the rows; they are not read."""
+        known = {LAYOUTS[self.layout](row).split("/")[0] for row in self.rows}
+        return sum(path.is_dir() and path.name not in known for path in self.root.iterdir())
+
+    @property
     def shared(self) -> int:
         """Rows whose folder is also another row's."""
         uses = Counter(self.folder(row) for row in self.rows)
@@ -120,8 +127,9 @@ def _logits(folder: Path, values: np.ndarray, kind: Kind) -> Tensor:
     top = int(np.iinfo(values.dtype).max)
     largest = int(values.max())
     binary = largest in (0, top) and not ((values > 0) & (values < top)).any()
-    if kind == "masks" and not binary or kind == "auto" and top == 255 and largest == 1:
-        odd = sorted(set(np.unique(values).tolist()) - {0, top})
+    odd = sorted(set(np.unique(values).tolist()) - {0, top})
+    marked = len(odd) == 1 and largest != top and (top == 255 or largest == 255)  # a label or palette colour, 8 bits
+    if kind == "masks" and not binary or kind == "auto" and marked:
         raise DataError(
             f"{folder}: values {odd[:5]}; a mask holds 0 and {top} only. "
             f"Remedy: write the object as {top}, or say --kind probabilities."

@@ -140,6 +140,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     scores = score_split(results, settings.protocols)
     if predictions.shared:
         print(f"note: {predictions.shared} rows share their folder with another row (layout {predictions.layout})")
+    if predictions.others:
+        print(f"note: {predictions.others} other folders in {options.pred} are of no row of {options.split}, not read")
     if missing:
         print(f"note: {len(missing)} rows were not predicted and count as empty masks: {scores['failed'][:20]}")
     if options.json is not None:

@@ -6,7 +6,7 @@
 The clip is a video file (mp4, webm, mkv ...) with its sound, or a folder of numbered frames (0.jpg, 1.jpg, ...) with an
 audio.wav in it or beside it. Ten frames at equal distances are read of a video. Writes into --out:
 
-    overlay.mp4 (or .gif)   the frames with the mask, and the sound
+    overlay.mp4 (or .gif)   the frames with the mask, and the sound; small frames enlarged to be seen
     masks/00000.png ...     0 and 255, one per frame, in the size of the video
     answer.txt              reference and reasoning
     answer.json             the same with the steps, the class, times and areas of the frames, masks as COCO RLE
@@ -39,6 +39,8 @@ if TYPE_CHECKING:  # imported late: --help and a faulty video come before the mo
 
 EXPORT_FILE = "preprocessor_config.json"
 MAX_PIXELS, MAX_SECONDS = 50_000_000, 600.0
+OVERLAY_SIDE = 240
+"""Frames with a shorter side than this are enlarged by a whole factor in the overlay (never the masks)."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -185,6 +187,8 @@ def write_results(options: argparse.Namespace, clip: VideoClip, prediction: Pred
 
     masks = (prediction.mask_logits > 0).cpu().numpy()
     drawn = np.stack([overlay(frame, mask, PREDICTION) for frame, mask in zip(clip.frames, masks, strict=True)])
+    times = -(-OVERLAY_SIDE // min(drawn.shape[1:3]))
+    drawn = drawn.repeat(times, 1).repeat(times, 2)
     out = options.out
     if options.overlay == "gif":
         write_gif(out / "overlay.gif", drawn, clip.seconds)

@@ -100,6 +100,9 @@ def test_every_layout_and_number_of_processes_gives_one_score(world: Path, tmp_p
     for row in rows:
         shutil.copytree(by_row / f"{row.row:05d}", tmp_path / "uid" / row.uid)
     wanted = score(by_row, world, tmp_path)
+    (by_row / "99999").mkdir()  # of another split, say
+    capsys.readouterr()
+    assert score(by_row, world, tmp_path) == wanted and "note: 1 other folders" in capsys.readouterr().out
     assert score(tmp_path / "uid", world, tmp_path, "--workers", "1") == wanted
     for row in rows[::2]:
         shutil.copytree(by_row / f"{row.row:05d}", tmp_path / "object" / row.clip / f"fid_{row.fid}")
@@ -136,6 +139,8 @@ def write(folder: Path, image: np.ndarray, number: int = 0) -> None:
         (lambda f: write(f, np.zeros((9000, 9000), np.uint8)), r"9000x9000 pixels, limit"),
         (lambda f: (f / "00000.png").write_bytes(b"not a picture"), r"00000.png: not a JPEG or PNG"),
         (lambda f: [write(f, np.eye(48, 64, dtype=np.uint8), t) for t in range(4)], r"values \[1\]; a mask holds"),
+        (lambda f: [write(f, 38 * np.eye(48, 64, dtype=np.uint8), t) for t in range(4)], r"values \[38\]; a mask "),
+        (lambda f: [write(f, 255 * np.eye(48, 64, dtype=np.uint16), t) for t in range(4)], r"values \[255\]; .* 65535"),
         (lambda f: write(f, np.zeros((48, 64), np.uint8), 4), r"5 images for a clip of 4"),
     ],
 )

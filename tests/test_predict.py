@@ -136,7 +136,8 @@ def test_a_video_becomes_overlay_masks_and_answer(checkpoint, tmp_path, capsys):
     assert record["reasoning"] in (tmp_path / "out/answer.txt").read_text()
     masks = sorted((tmp_path / "out/masks").iterdir())
     assert len(masks) == 4 and cv2.imread(str(masks[0])).shape == (64, 98, 3)
-    assert read_clip(tmp_path / "out/overlay.mp4", frames=4).sound is not None
+    drawn = read_clip(tmp_path / "out/overlay.mp4", frames=4)
+    assert drawn.sound is not None and drawn.frames.shape == (4, 4 * 64, 4 * 98, 3)  # enlarged, to be seen
 
 
 def test_silence_is_asked_for_or_warned_about(checkpoint, tmp_path, capsys):

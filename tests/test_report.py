@@ -101,7 +101,7 @@ def test_text_never_becomes_markup(page):
     assert reader.tags.count("script") == 2 and "img" not in reader.tags  # the data and the page's own script
     assert "alert('x')" in " ".join(reader.text)  # shown, as text
     row = next(row for row in gallery(page)["rows"] if row["row"] == 1)
-    assert "".join(text for _, text in row["said"]["sft"]["steps"]) == EVIL
+    assert "".join(gallery(page)["texts"][text] for _, text in row["said"]["sft"]["steps"]) == EVIL
 
 
 def test_hostile_texts_of_the_summary_are_shown_as_text():

@@ -52,4 +52,4 @@ def test_thousands_of_clips_open_as_fast_as_a_few(tmp_path):
         seconds = browser.open(page)
         found = browser.run("JSON.stringify([shown.length, document.querySelectorAll('article').length])")
         assert json.loads(found)[0] == MANY and json.loads(found)[1] <= 40
-        assert len(browser.requests) < 60 and seconds < 15  # measured: about a second on two busy cores
+        assert len(browser.requests) < 60 and seconds < 30  # docs/report.md has what was measured

@@ -44,11 +44,20 @@ def gallery_data(evaluations: Sequence[Evaluation], clips: Sequence[Mapping[str,
 
     Args:
         evaluations: in the order of the page.
-        clips: `gallery_rows` of each benchmark.
+        clips: `gallery_rows` of each benchmark; the texts of their steps become numbers of `texts`.
     """
     plain = [e for e in evaluations if e.probe == "none"] or list(evaluations)
     same = [e.name for e in plain if e.benchmark == plain[0].benchmark]
-    return {"runs": [e.name for e in evaluations], "run": same[-1] if same else "", "columns": COLUMNS, "rows": clips}
+    texts: dict[str, int] = {}  # each once: models repeat themselves, and a page of thousands of clips must stay small
+    rows = []
+    for clip in clips:
+        said = {
+            name: {**answer, "steps": [[step, texts.setdefault(text, len(texts))] for step, text in answer["steps"]]}
+            for name, answer in clip["said"].items()
+        }
+        rows.append({**clip, "said": said})
+    names = {"runs": [e.name for e in evaluations], "run": same[-1] if same else ""}
+    return {**names, "columns": COLUMNS, "texts": list(texts), "rows": rows}
 
 
 def gallery_rows(
@@ -93,7 +102,8 @@ def _said(row: PredictedRow, drawn: Drawn | None, masks: str | None, strip: str 
     scores = {name: round(value, 1) for name, value in row.scores.items()}
     said: dict[str, Any] = {
         "steps": reasoning_steps(row.text, row.reference), "answer": row.answer_class, "right": row.class_right,
-        "faithful": row.faithful, "seg": row.has_seg, "scores": scores, "jf": row.jf,
+        "faithful": row.faithful, "seg": row.has_seg, "scores": scores,
+        "jf": None if row.jf is None else round(row.jf, 2),
     }  # fmt: skip
     if masks:
         said["masks"] = masks

@@ -35,7 +35,7 @@ const ORDERS = {
   loss: (a, b) => change(a) - change(b),
 };
 function words(row) {
-  const steps = others(row).flatMap(a => [a.answer || '', ...a.steps.map(step => step[1])]);
+  const steps = others(row).flatMap(a => [a.answer || '', ...a.steps.map(step => data.texts[step[1]])]);
   return [row.row, row.ref, row.cls, row.clip, ...steps].join(' ').toLowerCase();
 }
 function choose() {
@@ -100,7 +100,7 @@ function verdicts(row, answer) {
 }
 function reasoning(answer) {
   const list = make('ol', 'steps');
-  for (const [step, text] of answer.steps) list.append(make('li', '', make('b', '', step), ' ', text));
+  for (const [step, text] of answer.steps) list.append(make('li', '', make('b', '', step), ' ', data.texts[text]));
   return answer.steps.length ? list : make('p', 'note', '(no answer)');
 }
 function sound(answer) {
