@@ -24,8 +24,8 @@ for name in ("init_from", "sft.teacher_checkpoint"):
     assert name not in arguments or (pathlib.Path(arguments[name]) / "config.yaml").exists(), arguments
 (folder / "final").mkdir(exist_ok=True)
 (folder / "final/config.yaml").write_text("")
-(folder / "checkpoints/step_000100").mkdir(parents=True, exist_ok=True)
-(folder / "checkpoints/step_000100/config.yaml").write_text("")
+(folder / "checkpoints/step_000090").mkdir(parents=True, exist_ok=True)
+(folder / "checkpoints/step_000090/config.yaml").write_text("")
 '''
 EVALUATE = COMMON + '''
 MADE = {"wo_mllm": 30, "wo_cot": 50, "wo_distill": 64, "cot": 60, "crt_grpo": 70, "s4": 75}

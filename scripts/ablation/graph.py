@@ -83,7 +83,7 @@ TRAININGS: dict[str, Train] = {
     "mllm": Train(),
     "mllm_seg": Train({"init_from": "mllm/final"}),
 }
-CHECKPOINTS = {"early": "cot/checkpoints/step_000100"}
+CHECKPOINTS = {"early": "cot/checkpoints/step_000090"}
 """What is evaluated and built upon though it is no training's end: stage 1 stopped half way."""
 EARLY = {"init_from": CHECKPOINTS["early"]}
 STUDY_TRAININGS: dict[str, Train] = {

@@ -91,7 +91,7 @@ STUDIES: dict[int | str, Table] = {
     "grpo": Table(
         "grpo", "What stage 3 changes, from a stage 1 that was stopped half way",
         tuple(Row(method, f"eval_{run}", {}) for method, run in (
-            ("start: stage 1 at step 100", "early"),
+            ("start: stage 1 at step 90", "early"),
             ("more stage 1 for the same time", "early_sft"),
             ("GRPO", "early_grpo"),
             ("GRPO, format reward alone", "early_format"),
