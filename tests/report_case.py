@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +87,48 @@ def write_run(folder: Path, root: Path) -> Path:
         "type,family,count,percent,paper_count,paper_percent\naudio_perception,Perceptual Failure,1,100.0,251,16.68\n"
     )
     return folder
+
+
+class Reader(HTMLParser):
+    """Collects elements, addresses and text of a page, and checks that elements are closed in order."""
+
+    VOID = {"meta", "img", "line", "polyline", "br", "input", "rect", "path"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.text: list[str] = []
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None], tuple[str, ...]]] = []
+        """(tag, attributes, elements around it)."""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "srcset", "data") and value]
+        self.elements.append((tag, dict(attrs), tuple(self.open)))
+        assert not any(name.startswith("on") for name, _ in attrs)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def read_page(page: str) -> Reader:
+    """A page's elements, all of which are closed."""
+    reader = Reader()
+    reader.feed(page)
+    assert reader.open == []
+    return reader
+
+
+def gallery(page: str) -> dict[str, Any]:
+    """The data of a page's gallery."""
+    return json.loads(re.search(r'<script type="application/json" id="gallery">(.*?)</script>', page, re.S)[1])

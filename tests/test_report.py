@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import re
-from html.parser import HTMLParser
 from urllib.parse import unquote
 
 import cv2
@@ -16,7 +15,7 @@ import pytest
 from PIL import Image
 
 from scripts.report import main as report_command
-from tests.report_case import EVIL, make_world, write_run
+from tests.report_case import EVIL, gallery, make_world, read_page, write_run
 from utils.curves import Chart, Series, charts_of_runs, read_scalars, smooth, svg
 from utils.report import Report, render_page
 from utils.report_media import mask_layer, sprite
@@ -45,39 +44,6 @@ def charts():
     return [Chart(EVIL, (Series(EVIL, (1, 2, 3), (3.0, 2.0, 1.5)), Series("sft", (1, 2), (1.0, 0.001))))]
 
 
-class Reader(HTMLParser):
-    """Collects tags, addresses and text of a page, and checks that elements are closed in order."""
-
-    VOID = {"meta", "img", "line", "polyline", "br", "input", "rect", "path"}
-
-    def __init__(self):
-        super().__init__()
-        self.tags, self.addresses, self.text, self.open = [], [], [], []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.addresses += [value for name, value in attributes if name in ("src", "href", "srcset", "data")]
-        assert not any(name.startswith("on") for name, _ in attributes)
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-
-def read_page(page):
-    reader = Reader()
-    reader.feed(page)
-    assert reader.open == []
-    return reader
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run with hostile texts and the page that scripts/report.py makes of it."""
@@ -90,10 +56,6 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(run):
     return (run / "report.html").read_text(encoding="utf-8")
-
-
-def gallery(page):
-    return json.loads(re.search(r'<script type="application/json" id="gallery">(.*?)</script>', page, re.S)[1])
 
 
 def test_text_never_becomes_markup(page):
