@@ -29,7 +29,7 @@ from dataset.truth import read_truth  # noqa: E402
 from utils.errors import AuroraError  # noqa: E402
 from utils.metrics import PROTOCOLS, Counts, Protocol, count_frames, fit_logits, fit_masks, score_counts  # noqa: E402
 from utils.scoring import EMPTY_LOGIT  # noqa: E402
-from utils.tables import Cell, format_table  # noqa: E402
+from utils.tables import Cell, format_table, signed  # noqa: E402
 
 OFFICIAL = PROTOCOLS["official"]
 
@@ -117,9 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[list[Cell]] = []
     for label, j, f, s in found:
         if options.split == "test_n":
-            rows.append([label, s, f"{s - s0:+.2f}"])
+            rows.append([label, s, signed(s - s0, 2)])
         else:
-            rows.append([label, j, f"{j - j0:+.2f}", f, f"{f - f0:+.2f}"])
+            rows.append([label, j, signed(j - j0, 2), f, signed(f - f0, 2)])
     header = ["S", "change"] if options.split == "test_n" else ["J", "change", "F", "change"]
     print(format_table([options.split, *header], rows))
     return 0

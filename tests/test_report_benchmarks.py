@@ -18,9 +18,9 @@ from tests.report_case import group, line, make_world, write_evaluation, write_r
 from utils.breakdown import compare
 from utils.errors import DataError
 from utils.report_runs import find_evaluations, pairs
-from utils.report_tables import signed
 from utils.results import encode_masks
 from utils.summary import run_summary, stage_summary, summary_table
+from utils.tables import signed
 
 
 def write_s4(folder: Path, root: Path, benchmark: str = "avsbench_s4", **facts: Any) -> Path:

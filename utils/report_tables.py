@@ -12,7 +12,7 @@ from typing import Any
 
 from utils.bootstrap import DRAWS, Estimate
 from utils.breakdown import TIE, Change, Comparison, Dimension
-from utils.tables import Cell, text
+from utils.tables import Cell, signed, text
 
 WORDS = ' class="words"'
 FOLDED = 8
@@ -202,12 +202,6 @@ def failure_table(lines: Sequence[Mapping[str, str]]) -> str:
 
 def seconds_table(seconds: Mapping[str, float]) -> str:
     return table("Seconds per step", ["step", "seconds"], [[name, float(value)] for name, value in seconds.items()])
-
-
-def signed(value: float, digits: int) -> str:
-    """A difference with its sign; what rounds to nothing has none."""
-    written = f"{value:+.{digits}f}"
-    return written[1:] if not float(written) else written
 
 
 def _interval(estimate: Estimate, of_change: bool = False) -> str | None:

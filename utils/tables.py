@@ -15,6 +15,12 @@ def text(value: Cell) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
+def signed(value: float, digits: int) -> str:
+    """A difference with its sign; what rounds to nothing has none."""
+    written = f"{value:+.{digits}f}"
+    return written[1:] if not float(written) else written
+
+
 def format_table(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     """Aligned columns, the first to the left, the others to the right."""
     cells = [list(header), *[[text(value) for value in row] for row in rows]]
