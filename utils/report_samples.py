@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from utils.errors import DataError
-from utils.report_tables import Html, note, table
+from utils.report_tables import HtmlWords, note, table
 from utils.results import decode_masks
 
 GROUPS = 3
@@ -70,7 +70,7 @@ def samples_section(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -
 def _group(run: str, group: Sequence[Mapping[str, Any]]) -> str:
     first = group[0]
     names = list(first["rewards"])
-    header = ["answer", *names, "reward", "advantage", "tokens", "says", "masks"]
+    header = ["answer", *names, "reward", "advantage", "tokens", "says"]
     rows = [
         [
             f"{one['sample'] + 1}{'*' if one['mask_trained'] else ''}",
@@ -78,8 +78,7 @@ def _group(run: str, group: Sequence[Mapping[str, Any]]) -> str:
             f"{one['reward']:.2f}",
             f"{one['advantage']:+.2f}",
             f"{one['tokens']}{' (cut)' if one['truncated'] else ''}",
-            one["answer"],
-            Html(_strip(one)),
+            HtmlWords(f"{escape(one['answer'])}<br>{_strip(one)}"),
         ]
         for one in group
     ]
@@ -90,7 +89,7 @@ def _group(run: str, group: Sequence[Mapping[str, Any]]) -> str:
 def _strip(one: Mapping[str, Any]) -> str:
     """The masks of an answer side by side, white on black, inside the page."""
     if not one["masks"]:
-        return "none"
+        return "no masks"
     masks = decode_masks(one["masks"])
     width = max(1, round(HEIGHT * masks.shape[2] / masks.shape[1]))
     frames = [cv2.resize(m.astype(np.uint8) * 255, (width, HEIGHT), interpolation=cv2.INTER_AREA) for m in masks]

@@ -31,6 +31,7 @@ tr.first th, tr.first td { border-top: 1px solid var(--dim); } summary h3 { disp
 tr.paper th, tr.paper td { color: var(--dim); font-style: italic; } tr.paper th { padding-left: 1.4rem; }
 tr.ours th, tr.ours td { background: color-mix(in srgb, var(--accent) 12%, var(--page)); }
 td.words, thead th.words { text-align: left; white-space: normal; max-width: 24rem; }
+td.words:has(img) { max-width: 46rem; min-width: 16rem; } td.words img { max-width: 100%; margin-top: .3rem; }
 tr.groups th, tr.groups td { border-bottom: 0; text-align: center; padding-bottom: 0; color: var(--dim); }
 svg.bar { width: min(220px, 18vw); min-width: 90px; height: 12px; vertical-align: middle; }
 svg.bar .t { fill: var(--soft); }

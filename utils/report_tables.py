@@ -24,6 +24,10 @@ class Html(str):
     """Markup that is inserted as it is."""
 
 
+class HtmlWords(Html):
+    """Markup that reads as words."""
+
+
 def table(
     label: str,
     header: Sequence[Cell],
@@ -230,8 +234,9 @@ def _bar(estimate: Estimate) -> Html:
 
 def _side(value: Cell | Html) -> str:
     """Words stand to the left, numbers to the right."""
-    wordy = isinstance(value, str) and not isinstance(value, Html) and not _NUMERIC.fullmatch(value)
-    return WORDS if wordy else ""
+    if isinstance(value, Html):
+        return WORDS if isinstance(value, HtmlWords) else ""
+    return WORDS if isinstance(value, str) and not _NUMERIC.fullmatch(value) else ""
 
 
 def _cell(value: Cell | Html) -> str:
