@@ -151,7 +151,7 @@ def train(
     accumulation, steps = config.engine.accumulation, config.optim.steps
     updates = config.grpo.updates_per_batch if config.stage == "grpo" else 1
     engine.train()
-    if preemption.agreed():  # while everything was loaded
+    if preemption.begin():
         return
     while progress.step < steps:
         start = progress.step

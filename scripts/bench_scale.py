@@ -3,7 +3,7 @@
     python scripts/bench_scale.py --rows 200000 --steps 2000 --json runs/scale.json
 
 Writes a table of that many rows (and as many reasoning records) over a few small clips, starts train_ds.py on it (stage
-sft, the base of the mini world, 2 clips a step, 2 decoding processes) and watches the processes: seconds until the
+sft, the base of the mini world, one clip a step, 2 decoding processes) and watches the processes: seconds until the
 first step is done, own memory (USS) of training and of each decoding process, processor time and wall time of a step.
 Slopes are those of a straight line through the second half of the run, where caches are full.
 """
@@ -34,9 +34,9 @@ from dataset.refavs import RefAvsIndex  # noqa: E402
 from utils.results import write_json, write_jsonl  # noqa: E402
 
 WORLD = WorldSettings(train=8, val=0, test_s=0, test_u=0, test_n=0, train_null=0, rows_per_train_clip=4)
-SETTINGS = ("loss.distill=0", "sft.teacher_checkpoint=null", "sft.freeze_mask_decoder=false", "data.feature_cache=none",
-            "data.num_frames=2", "data.num_workers=2", "engine.micro_batch=2", "engine.threads=1", "optim.lr=1e-5",
-            "log.every=1", "log.save_every=1000000", "log.tensorboard=false")  # fmt: skip
+SETTINGS = ("loss.distill=0", "sft.teacher_checkpoint=null", "sft.freeze_mask_decoder=false", "optim.lr=1e-5",
+            "data.feature_cache=memory", "data.num_frames=2", "data.num_workers=2", "engine.micro_batch=1",
+            "engine.threads=1", "log.every=1", "log.save_every=1000000", "log.tensorboard=false")  # fmt: skip
 
 
 @dataclass(frozen=True)

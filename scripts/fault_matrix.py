@@ -115,6 +115,8 @@ def disturb(case: Case, whole: Path, seconds: float, kills: int, rng: random.Ran
         while status != 0:
             kill = draw_kill(rng, seconds, case.ranks) if tally.kills < kills else None
             life = start(case, folder, kill)
+            if life.status == 0 and not again:  # a whole life: other work may have slowed down the undisturbed one
+                seconds = min(seconds, life.seconds)
             status = life.status
             if again and life.first_work is not None:
                 tally.resume_seconds.append(life.first_work)

@@ -65,7 +65,7 @@ def test_one_of_several_processes_ends_at_once(
     left: list[int] = []
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(failures, "world_size", lambda: 2)
-    monkeypatch.setattr(failures, "_leave", left.append)
+    monkeypatch.setattr(failures, "leave", left.append)
     lost = "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:42077"
     end(RuntimeError(lost))
     printed = capsys.readouterr().err

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import threading
 
 import pytest
 
@@ -38,7 +40,7 @@ def test_reward_and_entropy_collapse_are_warned() -> None:
 def test_sigterm_is_noted_and_the_handler_put_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
     preemption = Preemption(60.0)
-    assert not preemption.agreed()
+    assert not preemption.begin()
     os.kill(os.getpid(), signal.SIGTERM)
     assert preemption.agreed()
     preemption.close()
@@ -49,10 +51,36 @@ def test_too_late_ends_the_process(capfd: pytest.CaptureFixture[str]) -> None:
     child = os.fork()
     if child == 0:
         preemption = Preemption(0.2)
+        preemption.begin()
         os.kill(os.getpid(), signal.SIGTERM)
-        signal.pause() if not preemption.asked else None
         while True:
             signal.sigtimedwait([], 0.1)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 75
     assert "had not saved; the checkpoint before is intact. Remedy: raise log.grace_seconds" in capfd.readouterr().err
+
+
+def test_sigterm_while_loading_ends_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    child = os.fork()
+    if child == 0:
+        Preemption(60.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while True:
+            signal.sigtimedwait([], 0.1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_time_runs_though_python_does_not(capfd: pytest.CaptureFixture[str]) -> None:
+    """As inside a collective: the main thread stays in C, where no handler of Python's runs."""
+    child = os.fork()
+    if child == 0:
+        Preemption(0.2).begin()
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        libc = ctypes.CDLL(None)  # releases the GIL while it is called
+        while True:
+            libc.pause()
+            libc.sleep(60)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 75
+    assert "had not saved" in capfd.readouterr().err

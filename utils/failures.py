@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
-import os
 import sys
 import traceback
 from collections.abc import Callable
 
 import torch
 
-from utils.distributed import lost_process, world_size
+from utils.distributed import leave, lost_process, world_size
 from utils.errors import AuroraError, plain
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -45,7 +43,7 @@ def run_command(action: Callable[[], object], intact: str, memory: Callable[[], 
         if status and world_size() > 1:
             if not isinstance(sys.exc_info()[1], SystemExit | None):
                 traceback.print_exc()
-            _leave(status)
+            leave(status)
     return status
 
 
@@ -61,11 +59,3 @@ def explained(error: OSError | RuntimeError, intact: str, memory: Callable[[], s
     if "DataLoader worker" in str(error):
         return f"a decoding process was lost: {reason} Remedy: lower data.num_workers if memory is short; {intact}."
     return None
-
-
-def _leave(status: int) -> None:
-    for child in multiprocessing.active_children():  # decoding processes
-        child.kill()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import socket
 import sys
@@ -19,7 +18,7 @@ _log = logging.getLogger("aurora.preempt")
 
 
 class Preemption:
-    """Notes SIGTERM for the life of a run.
+    """Notes SIGTERM for the life of a run; before `begin`, while a run is loaded, it ends at once with 0.
 
     A thread keeps the time, woken by Python's own C handler of signals (`signal.set_wakeup_fd`): a handler in Python
     would not run while the main thread waits inside a collective for a process that is lost.
@@ -30,7 +29,7 @@ class Preemption:
     """
 
     def __init__(self, grace_seconds: float) -> None:
-        self.grace_seconds, self.asked = grace_seconds, False
+        self.grace_seconds, self.asked, self._begun = grace_seconds, False, False
         self._before = None
         if threading.current_thread() is not threading.main_thread():
             return
@@ -40,6 +39,12 @@ class Preemption:
         self._fd_before = signal.set_wakeup_fd(self._wakes.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._keep_time, name="preemption", daemon=True)
         self._thread.start()
+
+    def begin(self) -> bool:
+        """From now on there is something to save; returns whether to stop nevertheless. All processes call it."""
+        asked = self.agreed()
+        self._begun = True
+        return asked
 
     def agreed(self) -> bool:
         """Whether any process was asked to stop; all processes call it, so that all stop after the same step."""
@@ -66,6 +71,9 @@ class Preemption:
             if not received:
                 return
         self.asked = True
+        if not self._begun:
+            _log.warning("SIGTERM before the first step: nothing to save")
+            distributed.leave(0)
         _log.warning("SIGTERM: saving after this step, at most %g s", self.grace_seconds)
         if not self._closed_within(self.grace_seconds):
             self._end()
@@ -89,4 +97,4 @@ class Preemption:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(TOO_LATE)
+        distributed.leave(TOO_LATE)

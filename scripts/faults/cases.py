@@ -21,7 +21,7 @@ from dataset.mini_world import WorldSettings, make_mini_world
 from scripts import build_reflective, correct_paths, mine_failures
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 8
+STEPS = 6
 WORLD = WorldSettings(train=6, val=0, test_s=3, test_u=0, test_n=1, train_null=1, rows_per_train_clip=4,
                       rows_per_test_clip=2)  # fmt: skip
 LATE = ("dataset.build", "librosa.core", "model.aurora.inference", "model.aurora.trained", "model.stages.grpo",
