@@ -21,6 +21,7 @@ from tests.aurora_cases import (
 )
 from utils.errors import ConfigError
 
+
 def test_published_set_of_adapters() -> None:
     """q_proj and v_proj of LM (2 layers), BEATs (2) and the mask decoder (7 attentions); not the vision tower's."""
     model = tiny_model(LORA)
