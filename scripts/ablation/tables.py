@@ -90,7 +90,7 @@ STUDIES: dict[int | str, Table] = {
     ),
     "grpo": Table(
         "grpo", "What stage 3 changes, from a stage 1 that was stopped half way",
-        tuple(Row(method, f"eval_{run}", {}) for method, run in (
+        tuple(Row(method, f"eval_{run}@eval_seen", {}) for method, run in (
             ("start: stage 1 at step 90", "early"),
             ("more stage 1 for the same time", "early_sft"),
             ("GRPO", "early_grpo"),
@@ -102,7 +102,7 @@ STUDIES: dict[int | str, Table] = {
             ("GRPO, reward for reasoning too", "early_reasoning"),
         )),
         remark="Ours, mini world alone. Settings of GRPO were chosen on val.",
-        extras=("class_accuracy", "faithful"), against=0,
+        splits=("test_s",), extras=("class_accuracy", "faithful"), against=0,
     ),
 }  # fmt: skip
 """Tables that the paper does not have; at mini scale alone."""
