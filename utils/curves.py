@@ -130,7 +130,9 @@ def _range(low: float, high: float, logarithmic: bool) -> tuple[float, float]:
 
 def _ticks(low: float, high: float, logarithmic: bool) -> list[float]:
     if logarithmic:
-        return [10.0**e for e in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
+        powers = [10.0**e for e in range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)]
+        tens = [value for value in powers if value >= low]
+        return tens if len(tens) > 3 else [m * p for p in powers for m in (1, 2, 5) if low <= m * p <= high]
     raw = (high - low) / 4
     unit = 10 ** math.floor(math.log10(raw))
     step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= raw)

@@ -68,7 +68,7 @@ def _stage_table(stages: Mapping[str, Any], protocol: str, mini: bool) -> str:
             rows.append([heading, *[None] * (len(header) - len(printed) - 5), *printed, *[None] * 4])
             marks.append("paper")
     words = f"Protocol {protocol}: {PROTOCOLS[protocol]}. Percent; S: lower is better; mix: mean of seen and unseen; "
-    words += "class accuracy and faithful: of the seen split."
+    words += "class accuracy and faithful: of the seen split, of val where that alone was evaluated."
     given = [name for name, stage in stages.items() if stage.get("answers") == "given"]
     if given:
         words += f" {', '.join(given)}: reads the true class instead of answering, as when it teaches."

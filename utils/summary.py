@@ -40,8 +40,8 @@ def stage_summary(folder: Path) -> dict[str, Any]:
     Returns:
         Per split J, F, J&F (or S) under `protocol`, n, shares and "per_expression" with the same; `protocol`, official
         or that of AVSBench (the scores are left out where per_expression alone was asked for); `mix`, the mean of
-        test_s and test_u; `kinds` and the shares of test_s (AVSBench: test) at the top; `answers`, whether they were
-        generated or given; `trained` and `answer`, the stage and the kind of answer; `benchmark`.
+        test_s and test_u; `kinds` and the shares of test_s (else of test, else of val) at the top; `answers`, whether
+        they were generated or given; `trained` and `answer`, the stage and the kind of answer; `benchmark`.
     """
     summary: dict[str, Any] = {}
     for path in sorted(folder.glob("*/metrics.json")):
@@ -55,7 +55,7 @@ def stage_summary(folder: Path) -> dict[str, Any]:
         summary[metrics["split"]] = {**_group(scores, protocol), "failed": len(scores["failed"]), "kinds": kinds}
     if "test_s" in summary and "test_u" in summary:
         summary["mix"] = _mix(summary["test_s"], summary["test_u"])
-    first = next((split for split in ("test_s", "test") if split in summary), None)
+    first = next((split for split in ("test_s", "test", "val") if split in summary), None)
     if first is not None:
         summary["kinds"] = summary[first].pop("kinds")
         summary |= {name: summary[first][name] for name in _SHARES}
