@@ -140,7 +140,8 @@ def look_at(process: psutil.Process, metrics: Path, start: float) -> Look | None
 
 def summary(looks: list[Look]) -> dict[str, Any]:
     """Figures of a run; slopes are per 1,000 steps."""
-    table = np.array([list(look.__dict__.values()) for look in looks[:-1]])
+    looks = [look for look in looks if look.step < looks[-1].step and look.own and look.workers]  # not while it ends
+    table = np.array([list(look.__dict__.values()) for look in looks])
     later = table[len(table) // 2 :]
     steps = np.diff(table[:, 1])
     moved = steps > 0
