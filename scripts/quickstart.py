@@ -27,7 +27,7 @@ from utils.config import git_state, load_config  # noqa: E402 - the project's ro
 from utils.errors import AuroraError  # noqa: E402
 from utils.pipeline import Pipeline, Step, locked  # noqa: E402
 from utils.results import write_json  # noqa: E402
-from utils.summary import stage_summary, summary_table, write_page  # noqa: E402
+from utils.summary import probe_summaries, stage_summary, summary_table, write_page  # noqa: E402
 
 DATA = "data/mini"
 WORLD_CODE = ("dataset/mini_*.py", "scripts/make_mini_world.py")
@@ -202,9 +202,9 @@ def summarise(steps: Sequence[object], options: argparse.Namespace, seconds: dic
     times = {**seconds, "total": sum(seconds.values())}
     summary = {
         "stages": {e.stage: stage_summary(options.out / e.name) for e in evaluations if e.probe == "none"},
-        "probes": {
-            e.probe: {"stage": e.stage, **stage_summary(options.out / e.name)} for e in evaluations if e.probe != "none"
-        },
+        "probes": probe_summaries(
+            [(e.probe, e.stage, e.name, options.out / e.name) for e in evaluations if e.probe != "none"]
+        ),
         "seconds": {name: round(value, 1) for name, value in times.items()},
         "config": {"folder": "configs/mini", "seed": options.seed, "num_gpus": options.num_gpus, "full": options.full},
         "git": git_state(),

@@ -84,7 +84,8 @@ STUDIES: dict[int | str, Table] = {
     "reflective": Table(
         "reflective", "What stage 2 changes",
         (Row("stage 1", "eval_cot", {}), Row("stage 2", "eval_crt", {}),
-         Row("stage 2, loss on wrong paths too", "eval_crt_all", {})),
+         Row("stage 2, loss on wrong paths too", "eval_crt_all", {}),
+         Row("stage 2, corrected paths alone", "eval_ct", {})),
         remark="Ours, mini world alone. Settings of stage 2 were chosen on val.",
         extras=("class_accuracy", "faithful"), against=0,
     ),
