@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def memory_advice(options: argparse.Namespace) -> str:
     """What fills the GPU, and the cheapest change."""
-    from scripts.plan_memory import explain
+    from model.stages.planner import explain
 
     return explain(Path(options.config), options.overrides)
 

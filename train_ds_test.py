@@ -62,7 +62,7 @@ def guarded(path: str, overrides: Sequence[str], evaluate: Callable[[RunConfig, 
     except AuroraError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
-    from scripts.plan_memory import explain
+    from model.stages.planner import explain
     from utils.failures import run_command
 
     return run_command(lambda: evaluate(config, stage), INTACT, lambda: explain(Path(path), overrides))

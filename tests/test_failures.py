@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from scripts.plan_memory import explain
+from model.stages.planner import explain
 from tests.tiny_run import ROOT, make_tiny_run
 from utils import failures
 from utils.failures import run_command
