@@ -1,4 +1,4 @@
-"""The fault matrix of `scripts/fault_matrix.py`: one kill of the teacher stage; all cases with AURORA_FAULT_KILLS=20."""
+"""`scripts/fault_matrix.py` with one kill of the teacher stage; all cases with AURORA_FAULT_KILLS=20."""
 
 from __future__ import annotations
 
