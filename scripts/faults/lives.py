@@ -65,11 +65,11 @@ def live(main: Callable[[], int], ranks: int, log: Path, work: Callable[[], int]
         work: bytes of finished work on disk.
         kill: None = undisturbed.
     """
+    least = work()  # before anything of theirs can be there
     port, start = _free_port(), time.monotonic()
     running = {_fork(main, rank, ranks, port, log): rank for rank in range(ranks)}
     statuses: list[int] = []
     struck = told = ended = first_work = None
-    least = work()
     while running:
         now = time.monotonic()
         if kill and struck is None and now - start >= kill.after:
