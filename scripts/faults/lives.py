@@ -114,7 +114,7 @@ def _fork(main: Callable[[], int], rank: int, ranks: int, port: int, log: Path) 
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1
     except Exception:  # noqa: BLE001 - what the interpreter itself does at the end of a command
-        traceback.print_exc()
+        os.write(2, traceback.format_exc().encode())  # sys.stderr may be another file than the log
     finally:
         atexit._run_exitfuncs()
         sys.stdout.flush()
