@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import torch
 
 from configs.schema import OptimConfig
 from tests.engine_cases import COMBINATIONS, Net, config
-from tests.tiny_run import ROOT, environment
+from tests.tiny_run import launched, run
 from utils.engine import LearningRate, parameter_groups
 from utils.errors import ConfigError
 from utils.seed import seed_everything
@@ -21,18 +19,8 @@ from utils.seed import seed_everything
 
 def run_case(case: str, *arguments: str, processes: int = 1) -> Any:
     """The JSON line that tests/engine_cases.py prints."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run(
-        [*launcher, str(Path(__file__).parent / "engine_cases.py"), case, *arguments],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+    script = str(Path(__file__).parent / "engine_cases.py")
+    done = run(launched(script, case, *arguments, processes=processes))
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.strip().splitlines()
     assert len(lines) == 1, f"noise on stdout:\n{done.stdout}"

@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 
 from tests.grpo_cases import CASES
-from tests.tiny_run import ROOT, environment
+from tests.tiny_run import launched, run
 
 
 @pytest.fixture(scope="module")
 def two_processes() -> dict[str, dict[str, dict]]:
     """ZeRO stage -> degenerate case -> what became of it, from one start of two processes."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launcher, "-m", "tests.grpo_cases", "2", "3"],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+    done = run(launched("-m", "tests.grpo_cases", "2", "3", processes=2))
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -60,25 +60,28 @@ def write_config(path: Path, settings: dict[str, Any], sections: dict[str, Any])
 
 
 def train(config: Path, *overrides: str, processes: int = 1, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run train_ds.py to its end in processes of one thread; see `command` for the way it is launched."""
+    """Run train_ds.py to its end in processes of one thread; see `launched` for the way it is started."""
+    return run(command(config, *overrides, processes=processes), **options)
+
+
+def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """A command of `launched` to its end, in the project's root."""
     return subprocess.run(
-        command(config, *overrides, processes=processes),
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-        **options,
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900, check=False, **options
     )
 
 
 def command(config: Path, *overrides: str, processes: int = 1) -> list[str]:
+    """train_ds.py with a configuration."""
+    return launched(str(ROOT / "train_ds.py"), "--config", str(config), *overrides, processes=processes)
+
+
+def launched(*arguments: str, processes: int = 1) -> list[str]:
     """Plain python for one process, torchrun for more."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [*launcher, str(ROOT / "train_ds.py"), "--config", str(config), *overrides]
+    return [*launcher, *arguments]
 
 
 def environment() -> dict[str, str]:

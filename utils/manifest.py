@@ -58,7 +58,7 @@ def describe(folder: Path) -> dict[str, list[Any]]:
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if path.suffix == ".pt":
             _compare_checksums(path)
-        found[str(path.relative_to(folder))] = [path.stat().st_size, _sha256(path)]
+        found[str(path.relative_to(folder))] = [path.stat().st_size, file_digest(path)]
     return found
 
 
@@ -75,7 +75,7 @@ def damage(folder: Path) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size} bytes instead of {size}"
-            if _sha256(path) != digest:
+            if file_digest(path) != digest:
                 return f"{name} has another content than when it was written"
         except (OSError, ValueError) as error:  # a broken disk; a name with a null character
             return f"{name} cannot be read ({error})"
@@ -92,7 +92,8 @@ def _compare_checksums(path: Path) -> None:
         raise OSError(f"{path.name}: {wrong} is not on disk as it was in memory")
 
 
-def _sha256(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(1 << 22):

@@ -37,7 +37,6 @@ from model.aurora.trained import (
     EXPORT_FORMAT,
     SETTINGS,
     Trained,
-    file_digest,
     load_trained,
     read_trained,
     trained_names,
@@ -45,6 +44,7 @@ from model.aurora.trained import (
 from model.sam import SAM_SIZES, build_segmenter
 from model.videollama2.weights import load_backbone, save_state
 from utils.errors import WeightsError
+from utils.manifest import file_digest
 from utils.tensor_files import load_safetensors, read_json
 
 ADAPTER, HEAD, DECODER, REST = (

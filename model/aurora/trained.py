@@ -13,7 +13,6 @@ tensors are the engine's bf16 weights; the optimiser's float32 copies belong to 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -30,6 +29,7 @@ from model.aurora.adapters import MASK_DECODER, SEG_HEAD
 from model.aurora.model import AuroraModel
 from model.aurora.prompter import QUERIES
 from utils.errors import WeightsError
+from utils.manifest import file_digest
 
 TENSORS = "trained.safetensors"
 SETTINGS = "trained.json"
@@ -251,12 +251,3 @@ def _whole(parameter: nn.Parameter) -> Tensor:
 
     with deepspeed.zero.GatheredParameters(parameter):
         return parameter.detach().to("cpu", copy=True).contiguous()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
