@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/mini_s4"), help="folder to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes (default: %(default)s)")
-    for split, count in zip(SPLITS, (300, 20, 150), strict=True):
+    for split, count in zip(SPLITS, (100, 20, 150), strict=True):
         parser.add_argument(f"--{split}", type=int, default=count, help="clips (default: %(default)s)")
     options = parser.parse_args(arguments)
     make_mini_s4(options.out, {split: getattr(options, split) for split in SPLITS}, options.seed)

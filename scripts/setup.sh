@@ -63,11 +63,21 @@ _aurora_install_torch() {
     _aurora_pip "$@"
 }
 
+_aurora_room() {
+    local free
+    free=$(df -Pm . | awk 'NR == 2 {print $4}')
+    if [ "$free" -lt 9000 ]; then
+        _aurora_fail "only $free MB are free in $PWD; the packages take 7 GB there (2 GB with torch's CPU build)." \
+            "Remedy: make room, or clone into a larger disk."
+    fi
+}
+
 _aurora_setup() {
     local stamp key pair others
     key=$(cat requirements.txt scripts/setup.sh | cksum | tr -d ' ')
     stamp=.venv/.installed-$key
     if [ ! -e "$stamp" ]; then
+        [ -e .venv/bin/python ] || _aurora_room
         _aurora_make_venv || return 1
         echo "setup: installing requirements.txt into .venv (several minutes the first time)"
         pair=$(sed -e 's/[[:space:]]*#.*//' -e '/^$/d' requirements.txt | grep -E '^(torch|torchvision)[^a-z-]')

@@ -1,7 +1,8 @@
-"""Paths and arrays of the parity fixture; one torch thread, so that sums keep their order."""
+"""Paths and arrays of the parity fixture; one torch thread, so that sums keep their order; failures told at once."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,13 @@ from model.videollama2.weights import load_backbone
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TINY = FIXTURES / "videollama2_av_tiny"
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Says what failed when it fails: whoever ends a long run early would not see pytest's summary."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        reason = report.longreprtext.strip().splitlines()[-12:]
+        print("", f"{report.when} of {report.nodeid} failed:", *reason, sep="\n", flush=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
