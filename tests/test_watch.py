@@ -47,8 +47,16 @@ def test_sigterm_is_noted_and_the_handler_put_back() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_too_late_ends_the_process(capfd: pytest.CaptureFixture[str]) -> None:
+def forked() -> int:
+    """os.fork; a child that never ends is ended after a minute, so that a fault is no hang."""
     child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+    return child
+
+
+def test_too_late_ends_the_process(capfd: pytest.CaptureFixture[str]) -> None:
+    child = forked()
     if child == 0:
         preemption = Preemption(0.2)
         preemption.begin()
@@ -61,7 +69,7 @@ def test_too_late_ends_the_process(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_sigterm_while_loading_ends_at_once(capfd: pytest.CaptureFixture[str]) -> None:
-    child = os.fork()
+    child = forked()
     if child == 0:
         Preemption(60.0)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -73,7 +81,7 @@ def test_sigterm_while_loading_ends_at_once(capfd: pytest.CaptureFixture[str]) -
 
 def test_time_runs_though_python_does_not(capfd: pytest.CaptureFixture[str]) -> None:
     """As inside a collective: the main thread stays in C, where no handler of Python's runs."""
-    child = os.fork()
+    child = forked()
     if child == 0:
         Preemption(0.2).begin()
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
@@ -84,3 +92,16 @@ def test_time_runs_though_python_does_not(capfd: pytest.CaptureFixture[str]) -> 
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 75
     assert "had not saved" in capfd.readouterr().err
+
+
+def test_a_full_disk_behind_stderr_does_not_keep_it_alive() -> None:
+    child = forked()
+    if child == 0:
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+        os.dup2(2, 1)
+        Preemption(0.2).begin()
+        os.kill(os.getpid(), signal.SIGTERM)
+        while True:
+            signal.sigtimedwait([], 0.1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 75

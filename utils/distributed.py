@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import socket
@@ -111,11 +112,14 @@ def stop() -> None:
 
 def leave(status: int) -> None:
     """End this process at once, whatever its threads are doing, and its decoding processes."""
-    for child in multiprocessing.active_children():
-        child.kill()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    try:
+        for child in multiprocessing.active_children():
+            child.kill()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # a file on a full disk
+                stream.flush()
+    finally:
+        os._exit(status)
 
 
 def _free_port() -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from dataclasses import dataclass
 
 
@@ -59,3 +61,9 @@ def plain(error: AuroraError) -> str:
     if "Original Traceback" not in text:
         return text
     return text.rpartition(f"{type(error).__name__}: ")[2].strip()
+
+
+def tell(text: str) -> None:
+    """Print to stderr; where it is a file on a full disk the text is lost, and nothing else happens."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)

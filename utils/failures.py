@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from utils.distributed import leave, lost_process, world_size
-from utils.errors import AuroraError, plain
+from utils.errors import AuroraError, plain, tell
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 """Numbers of the errors of a disk that is full, read-only or broken."""
@@ -33,16 +33,16 @@ def run_command(action: Callable[[], object], intact: str, memory: Callable[[], 
         action()
         status = 0
     except AuroraError as error:
-        print(f"error: {plain(error)}", file=sys.stderr, flush=True)
+        tell(f"error: {plain(error)}")
     except (OSError, RuntimeError) as error:
         text = explained(error, intact, memory)
         if text is None:
             raise
-        print(f"error: {text}", file=sys.stderr, flush=True)
+        tell(f"error: {text}")
     finally:
         if status and world_size() > 1:
             if not isinstance(sys.exc_info()[1], SystemExit | None):
-                traceback.print_exc()
+                tell(traceback.format_exc())
             leave(status)
     return status
 

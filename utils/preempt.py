@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import signal
 import socket
-import sys
 import threading
 import time
 from types import FrameType
 
 from utils import distributed
+from utils.errors import tell
 
 TOO_LATE = 75
 """Exit status when the time was over before the run had saved (EX_TEMPFAIL: start it again)."""
@@ -91,10 +91,8 @@ class Preemption:
         return False
 
     def _end(self) -> None:
-        print(
+        tell(
             f"error: {self.grace_seconds:g} s after SIGTERM the run had not saved; the checkpoint before is intact. "
-            "Remedy: raise log.grace_seconds and the scheduler's notice, or shorten a step (engine.accumulation).",
-            file=sys.stderr,
-            flush=True,
+            "Remedy: raise log.grace_seconds and the scheduler's notice, or shorten a step (engine.accumulation)."
         )
         distributed.leave(TOO_LATE)
