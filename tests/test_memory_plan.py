@@ -147,6 +147,14 @@ def test_every_stage_has_its_phases(sam_json: str) -> None:
         assert cached == (0 if stage != "eval" else 4 * 2 * 2 * 2 * 16 * (9 + 16 + PROMPT + ANSWER))
 
 
+def test_answers_share_the_cache_of_their_prompt(sam_json: str) -> None:
+    section = {"base": str(tiny_base()), "sam_type": sam_json, "sam_image_size": SAM_SIDE}
+    config = run_config("grpo", model=section, init_from="x", loss={"ce": 0.0, "distill": 0.0})
+    footprint = measure(config, work=Workload(2, 3, 2, FRAME, FBANK_SECONDS, PROMPT, ANSWER))
+    assert [phase.name for phase in footprint.phases] == ["towers", "rollout", "forward and backward"]
+    assert footprint.phases[1].kv_cache == 2 * (4 * 2 * 2 * 2 * 16) * (9 + 16 + PROMPT + 3 * ANSWER)
+
+
 def tiny_base() -> Path:
     return Path(__file__).parent / "fixtures" / "videollama2_av_tiny"
 

@@ -135,11 +135,11 @@ def _rollout(model: AuroraModel, work: Workload, sampled: bool) -> Phase:
             kept.append(_upscaled(model, low[0], work))
         return kept
 
-    tokens = _media_tokens(model, work) + work.prompt_tokens + work.answer_tokens
+    tokens = _media_tokens(model, work) + work.prompt_tokens + work.group * work.answer_tokens  # aurora/shared_cache.py
     per_token = 2 * language.num_hidden_layers * language.num_key_value_heads * element
     head = language.hidden_size // language.num_attention_heads
     found = _tracked("rollout" if sampled else "answer and masks", model, prefill)
-    cache = work.clips * work.group * tokens * per_token * head
+    cache = work.clips * tokens * per_token * head
     return replace(found, kv_cache=cache)
 
 
