@@ -16,7 +16,6 @@ from dataset.annotate.gates import problems, tidy
 from dataset.annotate.mini_backend import MiniBackend, mark_changes
 from dataset.annotate.money import Budget, Prices
 from dataset.annotate.prompts import fill, read_template
-from dataset.annotate.taxonomy import TYPES, count_table, rule_label
 from dataset.cot import read_cot
 from dataset.mini_language import chain_is_faithful
 from dataset.mini_world import WorldSettings, make_mini_world
@@ -283,45 +282,3 @@ def test_published_lists_are_imported(world: Path, tmp_path: Path, capsys: pytes
     given[3] = str(tmp_path / "p.jsonl")
     assert generate_cot.main(given) == 1
     assert f"0 elements, but split train has {len(rows)} rows" in capsys.readouterr().err
-
-
-# ---- failure types
-
-
-TRUTH = {"things": [["red", "dog"], ["blue", "cat"], ["green", "car"]],
-         "sounds": [["dog", "loud"], ["cat", "quiet"]], "target": 1}  # fmt: skip
-SEEN = "From left to right I see a red dog, a blue cat and a green car."
-HEARD = "In the audio I hear the dog first, loud, and then the cat, quiet."
-PICKED = "We look for the quieter object: the cat is quieter, so it is in the middle: the blue cat."
-ENDING = f"{PICKED} So the target is cat."
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "kind", "label"),
-    [
-        ("a red dog", "a red drum", "audio", "visual_misidentification"),
-        ("a red dog", "a white dog", "audio", "entity_attribute"),
-        ("a red dog, a blue cat", "a blue cat, a red dog", "audio", "spatial_referential"),
-        ("hear the dog", "hear the car", "audio", "audio_perception"),
-        ("the dog first, loud, and then the cat, quiet", "the cat first, quiet, and then the dog, loud", "audio",
-         "temporal_reasoning"),
-        ("the middle: the blue cat. So the target is cat", "the left: the red dog. So the target is dog", "temporal",
-         "temporal_reasoning"),
-        ("the middle: the blue cat. So the target is cat", "the left: the red dog. So the target is dog", "spatial",
-         "spatial_referential"),
-        ("target is cat", "target is dog", "spatial", "logical_contradiction"),
-        (HEARD, "", "audio", "logical_contradiction"),
-    ],
-)  # fmt: skip
-def test_rules_name_the_first_wrong_step(old: str, new: str, kind: str, label: str) -> None:
-    text = f"{SEEN} {HEARD} {ENDING} It is [SEG]."
-    assert old in text
-    found = rule_label(row(truth=TRUTH, kind=kind, reference="The quieter object."), text.replace(old, new))
-    assert found == label
-
-
-def test_the_papers_counts_stand_beside_ours() -> None:
-    assert [t.paper for t in TYPES] == [428, 285, 251, 103, 166, 148, 124] and sum(t.paper for t in TYPES) == 1505
-    assert len({t.family for t in TYPES}) == 3
-    table = count_table([("audio_perception", "audio", "dog"), ("audio_perception", "temporal", "cat")])
-    assert (table[2]["count"], table[2]["percent"], table[2]["kind:audio"], table[2]["class:cat"]) == (2, 100.0, 1, 1)
