@@ -24,8 +24,8 @@ _MADE_OF_REASONING = ("reasoning", "conclusion")
 def broken_rules(config: RunConfig) -> list[BrokenRule]:
     """Every rule that `config` breaks, in reading order of the fields."""
     checks = (
-        *(_stage_rules, _teacher_rules, _trainable_rules, _loss_rules, _run_rules, _grpo_rules, _benchmark_rules),
-        prompter_rules,
+        *(_stage_rules, _teacher_rules, _trainable_rules, _rate_rules, _loss_rules, _run_rules),
+        *(_grpo_rules, _benchmark_rules, prompter_rules),
     )
     found = [broken for check in checks for broken in check(config)]
     return [replace(b, values=tuple(reduce(getattr, name.split("."), config) for name in b.fields)) for b in found]
@@ -152,6 +152,21 @@ def _trainable_rules(c: RunConfig) -> Iterator[BrokenRule]:
         yield BrokenRule(
             ("trainable",), "nothing is trained", "set lora_rank, full, seg_head, mask_decoder or seg_rows_only"
         )
+
+
+_PARTS = {"text_hidden_fcs": "seg_head", "mask_decoder": "mask_decoder"}
+"""Parts that an own learning rate is usual for -> the switch that trains them."""
+
+
+def _rate_rules(c: RunConfig) -> Iterator[BrokenRule]:
+    for name in c.optim.group_lr_scale:
+        switch = _PARTS.get(name)
+        if switch and not getattr(c.trainable, switch) and c.stage != "eval":
+            yield BrokenRule(
+                ("optim.group_lr_scale", f"trainable.{switch}"),
+                f"{name!r} is not trained",
+                f"leave it out of group_lr_scale, or set trainable.{switch} to true",
+            )
 
 
 def _loss_rules(c: RunConfig) -> Iterator[BrokenRule]:

@@ -138,6 +138,11 @@ RULES = {
         "trainable.lora_rank=0 trainable.full=[] trainable.seg_head=false trainable.mask_decoder=false",
         "nothing is trained",
     ),
+    "a rate for what stands still": (
+        "sft.yaml",
+        "optim.group_lr_scale={mask_decoder: 0.1}",
+        "optim.group_lr_scale + trainable.mask_decoder",
+    ),
     "endless warm-up": ("teacher.yaml", "optim.warmup_steps=1440", "optim.warmup_steps + optim.steps"),
     "offload without ZeRO": ("teacher.yaml", "engine.zero_stage=0 engine.offload=true", "engine.offload"),
     "flash attention in fp32": (
