@@ -89,7 +89,7 @@ EARLY = {"init_from": CHECKPOINTS["early"]}
 STUDY_TRAININGS: dict[str, Train] = {
     "crt_all": TRAININGS["crt"],
     "early_sft": Train({**EARLY, **TEACHER}),
-    **{f"early_{name}": Train(EARLY) for name in ("grpo", "format", "t1", "all", "best", "none", "reasoning")},
+    **{f"early_{name}": Train(EARLY) for name in ("grpo", "tenth", "format", "t1", "all", "best", "none", "reasoning")},
 }
 """Of `scripts.ablation.tables.STUDIES`, at mini scale alone."""
 COMMANDS: dict[str, Command] = {

@@ -95,6 +95,7 @@ STUDIES: dict[int | str, Table] = {
             ("start: stage 1 at step 90", "early"),
             ("more stage 1 for the same time", "early_sft"),
             ("GRPO", "early_grpo"),
+            ("GRPO, a tenth of the mask loss", "early_tenth"),
             ("GRPO, format reward alone", "early_format"),
             ("GRPO, temperature 1", "early_t1"),
             ("GRPO, mask loss on all", "early_all"),
