@@ -121,7 +121,8 @@ def _notes(found: Outcome, mark: str, before: str) -> str:
     old = re.search(rf"<!-- {mark} -->\n(.*?)<!-- end -->", before, re.DOTALL)
     kept = "".join(line for line in (old[1] if old else "").splitlines(True) if not line.startswith(_OPEN))
     named = {question: question.partition(" (")[0] for question in open_questions(found)}
-    return kept + "".join(f"{_OPEN}{q}.\n" for q, name in named.items() if f"{name} " not in f"{kept} ")
+    words = " ".join(kept.split())  # a name may run over the end of a line
+    return kept + "".join(f"{_OPEN}{q}.\n" for q, name in named.items() if not re.search(rf"{re.escape(name)}\b", words))
 
 
 INTRODUCTION = """Written by `python scripts/ablate.py --table all --docs docs/ablations_mini.md` from finished runs \
