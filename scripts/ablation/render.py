@@ -122,7 +122,8 @@ def _notes(found: Outcome, mark: str, before: str) -> str:
     kept = "".join(line for line in (old[1] if old else "").splitlines(True) if not line.startswith(_OPEN))
     named = {question: question.partition(" (")[0] for question in open_questions(found)}
     words = " ".join(kept.split())  # a name may run over the end of a line
-    return kept + "".join(f"{_OPEN}{q}.\n" for q, name in named.items() if not re.search(rf"{re.escape(name)}\b", words))
+    unsaid = [q for q, name in named.items() if not re.search(rf"{re.escape(name)}\b", words)]
+    return kept + "".join(f"{_OPEN}{question}.\n" for question in unsaid)
 
 
 INTRODUCTION = """Written by `python scripts/ablate.py --table all --docs docs/ablations_mini.md` from finished runs \
