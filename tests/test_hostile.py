@@ -123,15 +123,8 @@ def test_huge_file_is_not_read(tmp_path: Path) -> None:
 def wav_header(rate: int, channels: int, data_bytes: int) -> bytes:
     block = 2 * channels
     form = struct.pack("<HHIIHH", 1, channels, rate, min(rate * block, 2**32 - 1), block, 16)
-    return (
-        b"RIFF"
-        + struct.pack("<I", 2**32 - 1)
-        + b"WAVEfmt "
-        + struct.pack("<I", 16)
-        + form
-        + b"data"
-        + struct.pack("<I", data_bytes)
-    )
+    riff = b"RIFF" + struct.pack("<I", 2**32 - 1) + b"WAVEfmt " + struct.pack("<I", 16)
+    return riff + form + b"data" + struct.pack("<I", data_bytes)
 
 
 @pytest.mark.parametrize(("rate", "channels"), [(2**31 - 1, 1), (16_000, 1000), (1, 1), (16_000, 1)])
