@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from model.aurora.model import AuroraModel, evaluating
-from model.aurora.shared_cache import SharedCache
+from model.aurora.shared_cache import SharedCache, apply_linear
 from utils.guards import check_logits
 from utils.types import Batch, Generation, MediaFeatures
 
@@ -157,7 +157,7 @@ class _Rollout:
         seg_hidden = torch.zeros_like(self.hidden)
         tokens, scores = [], []
         for step in range(max_new_tokens):
-            logits = self.language_model.lm_head(self.hidden)
+            logits = apply_linear(self.language_model.lm_head, self.hidden)
             check_logits(logits)
             log_probs = sampling_log_probs(logits, sampling.temperature, sampling.top_p)
             drawn = sampling.draw(log_probs)
