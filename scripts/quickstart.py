@@ -22,11 +22,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import torch  # noqa: E402 - the project's root must be on the path first
+
 from dataset.gallery import RefAvsMedia  # noqa: E402 - the project's root must be on the path first
 from utils.config import git_state, load_config  # noqa: E402 - the project's root must be on the path first
 from utils.errors import AuroraError  # noqa: E402
 from utils.pipeline import Pipeline, Step, locked  # noqa: E402
 from utils.results import write_json  # noqa: E402
+from utils.schedule import Cores, elapsed, run_all  # noqa: E402
 from utils.summary import probe_summaries, stage_summary, summary_table, write_page  # noqa: E402
 
 DATA = "data/mini"
@@ -48,6 +51,7 @@ class Run:
     after: tuple[str, ...] = ()
     stamps: str | None = None
     parallel: bool = False
+    alone: bool = False
     full: bool = False
 
     def step(self, options: argparse.Namespace) -> Step:
@@ -55,8 +59,8 @@ class Run:
         command, folder, output = (_fill(text, options) for text in (self.arguments, self.folder, self.output))
         stamps = None if self.stamps is None else Path(self.stamps)
         return Step(
-            self.name, command, Path(folder), Path(output), self.sources, self.after, parallel=self.parallel,
-            stamps=stamps,
+            self.name, command, Path(folder), Path(output), self.sources, self.after,
+            parallel=self.parallel and options.jobs == 1, alone=self.alone, stamps=stamps,
         )  # fmt: skip
 
 
@@ -87,6 +91,7 @@ class Train:
             sources=TRAIN_CODE,
             needs=self.after,
             parallel=True,
+            alone=True,
         )
 
 
@@ -126,7 +131,7 @@ class Evaluate:
             output=folder / self.splits[-1] / "metrics.json",
             sources=EVAL_CODE,
             needs=(self.stage,),
-            parallel=True,
+            parallel=options.jobs == 1,
         )
 
 
@@ -135,17 +140,17 @@ ENGINE_CODE = ("dataset/*.py", "dataset/annotate/**/*", "scripts/mine_failures.p
 TEACHER = "sft.teacher_checkpoint={out}/teacher/final"
 STEPS: tuple[Run | Train | Evaluate, ...] = (
     Run("world", ("scripts/make_mini_world.py", "--out", DATA), DATA, f"{DATA}/metadata.csv", WORLD_CODE,
-        stamps="data/steps"),
+        stamps="data/steps", alone=True),
     Train("teacher", "teacher"),
-    Evaluate("teacher", ("test_s", "test_u"), overrides=(f"data.cot=[{DATA}/cot/held_out.jsonl]",)),
     Train("sft", "sft", (TEACHER,), ("world", "teacher")),
-    Evaluate("sft", ("test_s", "test_u", "test_n"), pictures=12),
-    Evaluate("sft", ("test_s",), probe="shuffle_audio"),
-    Evaluate("sft", ("test_s",), probe="shuffle_video"),
     Run("mine", ("scripts/mine_failures.py", "--config", "configs/mini/eval.yaml", "--checkpoint", "{out}/sft/final",
                  "--out", "{out}/mine/failures.jsonl", "eval.limit=1500"),
         "{out}/mine", "{out}/mine/failures.jsonl", (*EVAL_CODE, *ENGINE_CODE, "configs/mini/eval.yaml"), ("sft",),
         parallel=True),
+    Evaluate("sft", ("test_s", "test_u", "test_n"), pictures=12),
+    Evaluate("teacher", ("test_s", "test_u"), overrides=(f"data.cot=[{DATA}/cot/held_out.jsonl]",)),
+    Evaluate("sft", ("test_s",), probe="shuffle_audio"),
+    Evaluate("sft", ("test_s",), probe="shuffle_video"),
     Run("correct", ("scripts/correct_paths.py", "--data", DATA, "--failures", "{out}/mine/failures.jsonl",
                     "--out", "{out}/correct/corrections.jsonl", "--backend", "mini"),
         "{out}/correct", "{out}/correct/corrections.jsonl", ENGINE_CODE, ("mine",)),
@@ -157,15 +162,17 @@ STEPS: tuple[Run | Train | Evaluate, ...] = (
         "{out}/taxonomy", "{out}/taxonomy/types.jsonl", ENGINE_CODE, ("mine",)),
     Train("reflective", "reflective",
           ("init_from={out}/sft/final", "reflective.paths=[{out}/compose/reflective.jsonl]"), ("world", "compose")),
-    Evaluate("reflective", ("test_s", "test_u", "test_n")),
     Train("grpo", "grpo", ("init_from={out}/reflective/final",), ("world", "reflective")),
+    Evaluate("reflective", ("test_s", "test_u", "test_n")),
     Evaluate("grpo", ("test_s", "test_u", "test_n"), pictures=12),
     Train("sft_plain", "sft", (TEACHER, "data.answer=plain"), ("world", "teacher"), full=True),
-    Evaluate("sft_plain", ("test_s", "test_u"), full=True),
     Train("sft_without_null", "sft", (TEACHER, "data.null_rows=false"), ("world", "teacher"), full=True),
+    Evaluate("sft_plain", ("test_s", "test_u"), full=True),
     Evaluate("sft_without_null", ("test_s", "test_n"), full=True),
 )
 """What is run, in order; those marked full only with --full."""
+MOST_JOBS = 4
+"""Evaluations and mining at a time, each with one to two GB of memory."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -180,14 +187,20 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--num_gpus {options.num_gpus}: at least one process is needed")
     os.chdir(ROOT)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running command is ended too
+    options.jobs = jobs()
     chosen = [step for step in STEPS if options.full or not step.full]
     began = time.monotonic()
     try:
         with locked(options.out / ".lock") as lock:
-            pipeline = Pipeline(ROOT, options.out, options.num_gpus, lock)
-            for step in chosen:
-                pipeline.run(step.step(options))
-            summary = summarise(chosen, options, pipeline.seconds)
+            finished = Pipeline(ROOT, options.out, options.num_gpus, lock)
+
+            def pipeline(cores: Cores) -> Pipeline:
+                """Training shows its progress; of what runs beside others, whole outputs follow each other."""
+                quiet = cores is not None
+                return Pipeline(ROOT, options.out, options.num_gpus, lock, cores=cores, quiet=quiet).sharing(finished)
+
+            run_all([step.step(options) for step in chosen], options.jobs, pipeline)
+            summary = summarise(chosen, options, finished)
     except AuroraError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
@@ -196,10 +209,20 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def summarise(steps: Sequence[object], options: argparse.Namespace, seconds: dict[str, float]) -> dict[str, Any]:
-    """Write summary.json and index.html from what the steps left."""
+def jobs() -> int:
+    """Evaluations at a time: as many as there are cores, since one more core hardly speeds up a small model.
+
+    With GPUs it is one, on all of them.
+    """
+    if torch.cuda.is_available() or not hasattr(os, "sched_getaffinity"):
+        return 1
+    return min(MOST_JOBS, len(os.sched_getaffinity(0)))
+
+
+def summarise(steps: Sequence[object], options: argparse.Namespace, finished: Pipeline) -> dict[str, Any]:
+    """Write summary.json and index.html from what the steps left. `total` counts time shared by several steps once."""
     evaluations = [step for step in steps if isinstance(step, Evaluate)]
-    times = {**seconds, "total": sum(seconds.values())}
+    times = {**finished.seconds, "total": elapsed(finished.spans.values())}
     summary = {
         "stages": {e.stage: stage_summary(options.out / e.name) for e in evaluations if e.probe == "none"},
         "probes": probe_summaries(

@@ -12,8 +12,8 @@ import pytest
 
 from scripts.ablate import main
 from scripts.ablation.graph import STUDY_TRAININGS
-from scripts.ablation.runner import core_shares
 from tests.ablation_case import ROOT, log, make_project
+from utils.schedule import core_shares
 
 
 @pytest.fixture(autouse=True)

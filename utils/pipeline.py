@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,6 +51,8 @@ class Step:
     """The command's resolved configuration, as text."""
     parallel: bool = False
     """Whether it runs in several processes."""
+    alone: bool = False
+    """Whether it is to have the machine for itself where steps run beside each other (`utils.schedule`)."""
     stamps: Path | None = None
     """Where its stamp is kept: None = with the pipeline; elsewhere if several pipelines share its output."""
 
@@ -65,6 +67,7 @@ class Pipeline:
         lock: keeps a second run (or a command that outlived its parent) from writing the same files.
         any_code: whether a finished step counts though files that it depends on have changed since.
         cores: the commands run on these alone; None = wherever this process may.
+        quiet: whether a command's output is shown when it has ended; it is in `folder/steps/<name>.log` meanwhile.
     """
 
     def __init__(
@@ -75,12 +78,21 @@ class Pipeline:
         lock: IO[str],
         any_code: bool = False,
         cores: frozenset[int] | None = None,
+        quiet: bool = False,
     ) -> None:
         self.root, self.stamps, self.processes, self.lock = root, folder / "steps", processes, lock
-        self.any_code, self.cores = any_code, cores
+        self.any_code, self.cores, self.quiet = any_code, cores, quiet
         self.child: subprocess.Popen[bytes] | None = None
+        self.stopped = False
         self.hashes: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
+        self.spans: dict[str, tuple[float, float]] = {}
+        """Step -> when it began and ended, seconds since 1970."""
+
+    def sharing(self, other: Pipeline) -> Pipeline:
+        """This one, with what the other knows of finished steps."""
+        self.hashes, self.seconds, self.spans = other.hashes, other.seconds, other.spans
+        return self
 
     def run(self, step: Step) -> None:
         """Run a step unless it is done.
@@ -99,14 +111,14 @@ class Pipeline:
         write_bytes(begun, digest.encode())
         command = self._launched(step)
         print(f"== {step.name}: {shlex.join(command)}", flush=True)
-        start = time.monotonic()
-        status = self._call(command)
+        began, start = time.time(), time.monotonic()
+        status = self._call(command, stamps / f"{step.name}.log")
         seconds = time.monotonic() - start
         if status != 0 or not self._output(step).exists():
             reason = f"ended with status {status}" if status else f"left no {step.output}"
             raise StepError(f"step {step.name} {reason}: {shlex.join(command)}. Remedy: see its message above.")
-        write_json(done, {"hash": digest, "seconds": seconds, "command": command})
-        self.seconds[step.name] = seconds
+        write_json(done, {"hash": digest, "seconds": seconds, "began": began, "command": command})
+        self.seconds[step.name], self.spans[step.name] = seconds, (began, began + seconds)
 
     def is_done(self, step: Step) -> bool:
         """Whether a step need not run; asked of all steps before it, as its hash holds theirs. Notes its seconds."""
@@ -115,7 +127,9 @@ class Pipeline:
         stamp = json.loads(path.read_text()) if path.is_file() else {}
         done = bool(stamp) and (self.any_code or stamp["hash"] == digest) and self._output(step).exists()
         if done:
-            self.seconds[step.name] = stamp["seconds"]
+            seconds = stamp["seconds"]
+            began = stamp.get("began", path.stat().st_mtime - seconds)
+            self.seconds[step.name], self.spans[step.name] = seconds, (began, began + seconds)
         return done
 
     def _output(self, step: Step) -> Path:
@@ -132,24 +146,33 @@ class Pipeline:
         launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes))
         return ("python", *launcher, *step.command)
 
-    def _call(self, command: Sequence[str]) -> int:
+    def _call(self, command: Sequence[str], log: Path) -> int:
         """Run a command with this interpreter's `bin` first in PATH; it ends with this process."""
         path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-        self.child = subprocess.Popen(
-            command,
-            cwd=self.root,
-            env={**os.environ, "PATH": path},
-            pass_fds=(self.lock.fileno(),),
-            preexec_fn=partial(_prepare_child, self.cores),
-        )
-        try:
-            return self.child.wait()
-        except BaseException:
-            self.stop()
-            raise
+        with open(log, "wb") if self.quiet else nullcontext() as kept:
+            self.child = subprocess.Popen(
+                command,
+                cwd=self.root,
+                env={**os.environ, "PATH": path},
+                stdout=kept,
+                stderr=kept,
+                pass_fds=(self.lock.fileno(),),
+                preexec_fn=partial(_prepare_child, self.cores),
+            )
+            try:
+                if self.stopped:  # while the command was being started
+                    self.child.terminate()
+                return self.child.wait()
+            except BaseException:
+                self.stop()
+                raise
+            finally:
+                if self.quiet:
+                    print(log.read_text(encoding="utf-8", errors="replace"), end="", flush=True)
 
     def stop(self) -> None:
         """End the command that is running, if any, and wait for it."""
+        self.stopped = True
         if self.child is not None:
             self.child.terminate()
             self.child.wait()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterable
 
 from scripts.ablation.graph import Graph, Node, ancestors
 from utils.config import check_paths
 from utils.errors import ConfigError
-from utils.pipeline import Pipeline, StepError, locked
+from utils.pipeline import Pipeline, Step, StepError, locked
+from utils.schedule import run_all
 
 
 class Runner:
@@ -40,28 +41,13 @@ class Runner:
         """
         done = self.finished()
         self._check(node for name, node in self.graph.nodes.items() if name not in done)
-        shares = core_shares(jobs)
-        running: dict[Future[None], tuple[str, Pipeline]] = {}
-        waiting = dict(self.graph.nodes)
-        idle = list(shares)
-        pool = ThreadPoolExecutor(jobs)
-        try:
-            while waiting or running:
-                busy = {name for name, _ in running.values()}
-                ready = [n for n in waiting if not any(o in waiting or o in busy for o in self.graph.nodes[n].needs)]
-                for name in ready[: len(idle)]:
-                    node = waiting.pop(name)
-                    print(f"-- {len(self.graph.nodes) - len(waiting)} of {len(self.graph.nodes)}", flush=True)
-                    pipeline = self._pipeline(idle.pop())
-                    running[pool.submit(self._run, node, pipeline)] = (name, pipeline)
-                ended, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in ended:
-                    idle.append(running.pop(future)[1].cores)
-                    future.result()
-        finally:
-            for _, pipeline in running.values():
-                pipeline.stop()
-            pool.shutdown(cancel_futures=True)
+        begun = itertools.count(1)
+
+        def call(pipeline: Pipeline, step: Step) -> None:
+            print(f"-- {next(begun)} of {len(self.graph.nodes)}", flush=True)
+            self._run(pipeline, step)
+
+        run_all([node.step for node in self.graph.nodes.values()], jobs, self._pipeline, call)
 
     def only(self, name: str) -> None:
         """One node.
@@ -75,7 +61,7 @@ class Runner:
         waiting = [other for other in ancestors(self.graph, name) if other != name and other not in done]
         if waiting:
             raise StepError(f"--only {name} needs {', '.join(waiting)}. Remedy: run these before.")
-        self._run(self.graph.nodes[name], self._pipeline(None))
+        self._run(self._pipeline(None), self.graph.nodes[name].step)
 
     def print_commands(self, again: str) -> None:
         """One line per node that has not finished, with the nodes it must wait for as a comment."""
@@ -89,13 +75,12 @@ class Runner:
     def _pipeline(self, cores: frozenset[int] | None) -> Pipeline:
         """One that shares what is known of finished steps."""
         made = Pipeline(self.setting.root, self.folder, self.setting.gpus, self.pipeline.lock, self.any_code, cores)
-        made.hashes, made.seconds = self.pipeline.hashes, self.pipeline.seconds
-        return made
+        return made.sharing(self.pipeline)
 
-    def _run(self, node: Node, pipeline: Pipeline) -> None:
-        with locked(self.folder / "locks" / node.step.name) as lock:
+    def _run(self, pipeline: Pipeline, step: Step) -> None:
+        with locked(self.folder / "locks" / step.name) as lock:
             pipeline.lock = lock
-            pipeline.run(node.step)
+            pipeline.run(step)
 
     def _check(self, nodes: Iterable[Node]) -> None:
         """Whether files that are nobody's output are there, before hours are spent."""
@@ -109,12 +94,3 @@ class Runner:
                     problems += [p for p in error.problems if not str(p.value).startswith((*made, "data/mini"))]
         if problems:
             raise ConfigError(list({(p.field, p.value): p for p in problems}.values()), "paths")
-
-
-def core_shares(jobs: int) -> Sequence[frozenset[int] | None]:
-    """Equal disjoint shares of this process's cores; None each where there is one job, or fewer cores than jobs."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    size = len(cores) // jobs
-    if jobs == 1 or size == 0:
-        return [None] * jobs
-    return [frozenset(cores[i * size : (i + 1) * size]) for i in range(jobs)]
