@@ -3,7 +3,8 @@
     python scripts/quickstart.py [--num_gpus 2] [--seed 0] [--out runs/quickstart] [--full]
 
 Every step is one of the public commands and is printed before it runs. A step that is done already is skipped and an
-interrupted one continues, so the quickstart may be started again at any time. Results: <out>/summary.json (percent,
+interrupted one continues, so the quickstart may be started again at any time. Without a GPU, evaluations and mining run
+beside each other, one per core; their output is shown as each ends, and is in <out>/steps/ meanwhile. Results: <out>/summary.json (percent,
 protocol official; the other protocol under "per_expression") and <out>/index.html.
 """
 
