@@ -4,8 +4,8 @@
 
 Every step is one of the public commands and is printed before it runs. A step that is done already is skipped and an
 interrupted one continues, so the quickstart may be started again at any time. Without a GPU, evaluations and mining run
-beside each other, one per core; their output is shown as each ends, and is in <out>/steps/ meanwhile. Results: <out>/summary.json (percent,
-protocol official; the other protocol under "per_expression") and <out>/index.html.
+beside each other, one per core; the output of each is shown when it ends, and is in <out>/steps/ meanwhile. Results:
+<out>/summary.json (percent, protocol official; the other protocol under "per_expression") and <out>/index.html.
 """
 
 from __future__ import annotations
