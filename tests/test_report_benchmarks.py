@@ -143,6 +143,18 @@ def test_probes_of_two_stages_do_not_replace_each_other(tmp_path: Path) -> None:
     assert "Probes of sft by question kind" in page and "Probes of grpo by question kind" in page
 
 
+def test_a_probe_alone_has_its_tables(tmp_path: Path) -> None:
+    folder = write_evaluation(tmp_path / "eval_sft_zero", tmp_path, probe="zero_audio")
+    summary = run_summary(find_evaluations(folder))
+    (name,) = summary["stages"]
+    assert name.endswith("(zero_audio)") and summary["probes"] == {}
+    assert report_command([str(folder), "--no-media", "--out", str(tmp_path / "p.html")]) == 0
+    page = (tmp_path / "p.html").read_text()
+    stages = re.search(r'id="stages".*?</section>', page, re.S)[0]
+    assert "(zero_audio)" in stages and "55.0" in stages
+    assert "(zero_audio)" in re.search(r'id="breakdown".*?</section>', page, re.S)[0]
+
+
 def test_one_protocol_alone_can_be_reported(tmp_path: Path) -> None:
     folder = write_evaluation(tmp_path / "eval_sft", tmp_path)
     for path in folder.glob("*/metrics.json"):

@@ -77,14 +77,24 @@ def _mix(seen: Mapping[str, Any], unseen: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_summary(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
-    """`stages` and `probes` of a report; see `probe_summaries`."""
-    plain = [e for e in evaluations if e.probe == "none"]
-    base = {e.checkpoint: e.name for e in reversed(plain)}
+    """`stages` and `probes` of a report; see `standing` and `probe_summaries`."""
+    own = standing(evaluations)
+    base = {e.checkpoint: e.name for e in reversed(evaluations) if e.probe == "none"}
     probes = [(e, base[e.checkpoint]) for e in evaluations if e.probe != "none" and e.checkpoint in base]
     return {
-        "stages": {e.name: stage_summary(e.folder) for e in plain},
+        "stages": {name: stage_summary(e.folder) for name, e in own.items()},
         "probes": probe_summaries([(e.probe, stage, e.name, e.folder) for e, stage in probes]),
     }
+
+
+def standing(evaluations: Sequence[Evaluation]) -> dict[str, Evaluation]:
+    """Name -> evaluation of all but the probes that stand beside an evaluation of the same weights without one.
+
+    A probe without that is shown as a stage would be, under a name that says so.
+    """
+    plain = {e.checkpoint for e in evaluations if e.probe == "none"}
+    found = [e for e in evaluations if e.probe == "none" or e.checkpoint not in plain]
+    return {e.name if e.probe == "none" else f"{e.name} ({e.probe})": e for e in found}
 
 
 def probe_summaries(probes: Iterable[tuple[str, str, str, Path]]) -> dict[str, dict[str, Any]]:
@@ -169,11 +179,13 @@ def write_report(
         clips += found
     chosen = pairs(evaluations) if compared is None else compared
     comparisons = [found for before, after in chosen if (found := compare(before, after)) is not None]
-    plain = [e for e in evaluations if e.probe == "none"]
     report = Report(
         title=title,
         summary=summary,
-        breakdowns={e.name: break_down(list(e.rows.values()), sizes.get(e.benchmark, {})) for e in plain},
+        breakdowns={
+            name: break_down(list(e.rows.values()), sizes.get(e.benchmark, {}))
+            for name, e in standing(evaluations).items()
+        },
         comparisons=comparisons,
         failures=table,
         charts=charts_of_runs([(name, folder / "metrics.jsonl") for name, folder in runs], CURVES),
