@@ -114,7 +114,8 @@ def run(config: RunConfig, stage: str) -> dict[str, Any]:
     index = build_index(config.data)
     given = config.data.answer if stage == "teacher" else None
     settings = ClipSettings(given, None, config.data.num_frames, config.data.max_image_pixels,
-                            config.data.max_audio_seconds, probe=config.eval.probe, seed=config.seed)
+                            config.data.max_audio_seconds, probe=config.eval.probe, seed=config.seed,
+                            repeated=True)
     facts = evaluation_facts(config, stage, find_trained(str(config.eval.checkpoint)), index.table)
     # The teacher reads true answers; some are made from reasoning records, which only the mini world has for tests.
     known = read_cot(config.data.cot, index) if given in NEED_REASONING else {}

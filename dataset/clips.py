@@ -1,14 +1,15 @@
 """`ClipDataset[i]`: metadata row -> decoded, preprocessed `Sample`.
 
 `dataset[i]` is a pure function of the row, the settings and their seed: no random augmentation, nothing that depends on
-the epoch or on what was read before (the published loader ignores `i`). Nothing is decoded at construction.
+the epoch or on what was read before (the published loader ignores `i`). Nothing is decoded at construction. Where rows
+of a clip follow each other (evaluation, mining), `repeated` keeps the newest clip, so that it is decoded once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -50,6 +51,9 @@ class ClipSettings:
     SAM sees, the masks and the pictures stay the row's own."""
     seed: int = 0
     """Of the probe's exchange."""
+    repeated: bool = False
+    """Keep the newest clip as it was decoded and preprocessed: rows of one clip follow each other. At SAM's 1024 pixels
+    ten frames take 126 MB per decoding process."""
 
 
 class ClipDataset(Dataset[Sample]):
@@ -83,6 +87,7 @@ class ClipDataset(Dataset[Sample]):
         self.cot = PackedMap(cot or {})
         if settings.answer in NEED_REASONING or settings.teacher_answer in NEED_REASONING:
             _check_reasoning(rows, cot or {})
+        self._newest: dict[str, tuple[str, Any]] = {}
         self._other: dict[tuple[str, str], str] = {}
         if settings.probe in ("shuffle_audio", "shuffle_video"):
             for split in sorted({row.split for row in self.rows}):
@@ -106,11 +111,11 @@ class ClipDataset(Dataset[Sample]):
 
     def _sample(self, row: Row) -> Sample:
         settings, processor = self.settings, self.processor
-        frames = self._frames(row.clip)
+        frames = self._keep("frames", row.clip, lambda: self._frames(row.clip))
         # The probe exchanges what the language model sees. SAM keeps the row's own frames: with others no mask could
         # be right, whatever the answer.
         video_clip = self._other[row.split, row.clip] if settings.probe == "shuffle_video" else row.clip
-        seen = frames if video_clip == row.clip else self._frames(video_clip)
+        seen = frames if video_clip == row.clip else self._keep("seen", video_clip, lambda: self._frames(video_clip))
         if len(seen) != len(frames):
             raise DataError(
                 f"{len(frames)} frames, but those of clip {video_clip}, exchanged for them, are {len(seen)}. "
@@ -119,7 +124,7 @@ class ClipDataset(Dataset[Sample]):
         masks, labelled = read_truth(
             self.index, row, tuple(frames.shape[1:3]), settings.num_frames, settings.max_image_pixels
         )
-        sam_pixels, sam_size = processor.sam_pixels(frames)
+        sam_pixels, sam_size = self._keep("sam", row.clip, lambda: processor.sam_pixels(frames))
         fbank, audio_key = self._sound(row)
         return Sample(
             row=row.row,
@@ -129,7 +134,7 @@ class ClipDataset(Dataset[Sample]):
             class_name=row.class_name,
             reference=row.reference,
             kind=row.kind,
-            pixel_values=processor.vision_pixels(seen),
+            pixel_values=self._keep("vision", video_clip, lambda: processor.vision_pixels(seen)),
             sam_pixels=sam_pixels,
             sam_size=sam_size,
             fbank=fbank,
@@ -153,15 +158,28 @@ class ClipDataset(Dataset[Sample]):
         """float32 [F,K] and the name of what is heard."""
         probe = self.settings.probe
         clip = self._other[row.split, row.clip] if probe == "shuffle_audio" else row.clip
+        fbank = self._keep("sound", clip, lambda: self._fbank(clip))
+        return fbank, f"{clip}#silent" if probe == "zero_audio" else clip
+
+    def _fbank(self, clip: str) -> Tensor:
         path = self.index.audio_path(clip)
         wave = read_audio(path, self.processor.sample_rate, self.settings.max_audio_seconds)
-        key = clip
-        if probe == "zero_audio":
-            wave, key = np.zeros_like(wave), f"{clip}#silent"
+        if self.settings.probe == "zero_audio":
+            wave = np.zeros_like(wave)
         try:
-            return self.processor.fbank(wave), key
+            return self.processor.fbank(wave)
         except ValueError as error:
             raise DataError(f"{path}: {error}") from error
+
+    def _keep(self, part: str, clip: str, make: Callable[[], Any]) -> Any:
+        """What `make` gives, or gave for the row before if that was of the same clip."""
+        if not self.settings.repeated:
+            return make()
+        known, value = self._newest.get(part, (None, None))
+        if known != clip:
+            value = make()
+            self._newest[part] = clip, value
+        return value
 
     def _answer(self, row: Row, kind: AnswerKind | None) -> Tensor:
         if kind is None:

@@ -13,6 +13,7 @@ import soundfile
 import torch
 from torch.utils.data import ConcatDataset
 
+from dataset import clips
 from dataset.clips import ClipDataset, ClipSettings, derangement
 from dataset.collate import build_loader, collate
 from dataset.cot import CotRecord
@@ -96,6 +97,20 @@ def test_a_sample_depends_on_its_index_alone(parts: Parts) -> None:
     np.random.seed(1)
     torch.manual_seed(1)
     assert all(_same(dataset[i], forward[i]) for i in (3, 0, 2, 1, 0))
+
+
+@pytest.mark.parametrize("probe", clips.PROBES)
+def test_a_clip_that_repeats_is_decoded_once(parts: Parts, probe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, kept = (_dataset(parts, "test_s", probe=probe, seed=1, repeated=repeated) for repeated in (False, True))
+    expected = [plain[i] for i in range(len(plain))]
+    read: list[str] = []
+    for name in ("read_frames", "read_audio"):
+        reader = getattr(clips, name)
+        monkeypatch.setattr(clips, name, lambda path, *rest, of=reader: (read.append(str(path)), of(path, *rest))[1])
+    assert all(_same(kept[i], expected[i]) for i in range(len(kept)))
+    changes = sum(kept.rows[i].clip != kept.rows[i - 1].clip for i in range(1, len(kept))) + 1
+    assert 1 < changes < len(kept) and len(read) == changes * (3 if probe == "shuffle_video" else 2)
+    assert all(_same(kept[i], expected[i]) for i in reversed(range(len(kept))))
 
 
 def test_nothing_is_read_at_construction(tmp_path: Path, processor: AuroraProcessor, prompts: Prompts) -> None:
