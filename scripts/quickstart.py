@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402 - the project's root must be on the path first
 
 from dataset.gallery import RefAvsMedia  # noqa: E402 - the project's root must be on the path first
 from utils.config import git_state, load_config  # noqa: E402 - the project's root must be on the path first

@@ -138,6 +138,17 @@ def test_an_adapter_is_not_passed_over() -> None:
     assert torch.equal(apply_linear(linear, hidden), linear(hidden))
 
 
+def test_a_partitioned_weight_is_read_by_its_module_alone() -> None:
+    """ZeRO-3 may have begun to gather it: it has its shape then, but not yet its values."""
+    linear, calls = torch.nn.Linear(8, 4), []
+    linear.register_forward_pre_hook(lambda *_: calls.append(1))
+    apply_linear(linear, torch.randn(3, 8))
+    assert calls == []
+    linear.weight.ds_id = 0
+    apply_linear(linear, torch.randn(3, 8))
+    assert calls == [1]
+
+
 def test_captured_seg_state_is_that_of_the_forward(model: AuroraModel, scripted) -> None:  # noqa: ANN001
     """One [SEG], two (the last counts), none, and one drawn at the very end."""
     scripts = [[5, SEG, 7, STOP], [SEG, 4, SEG, 6, STOP], [3, 4, STOP], [3, 4, 9, 8, 6, SEG]]

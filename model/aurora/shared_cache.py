@@ -23,11 +23,11 @@ def apply_linear(linear: nn.Module, rows: Tensor) -> Tensor:
     """linear(rows), [R,i] -> [R,o]; a few rows of float32 on a CPU as (weight rows^T)^T.
 
     It is the same product, but rows weight^T with 2 to 4 rows takes a path of the BLAS that uses one thread and reads
-    the weight at a fraction of the memory's speed. Adapters, other types and partitioned weights (empty until ZeRO-3
-    gathers them in the call of the module) are called as they are.
+    the weight at a fraction of the memory's speed. Adapters and other types are called as they are, and so is a weight
+    that ZeRO-3 partitions: only the call of its module makes sure that it has been gathered.
     """
     slow = len(rows) in FEW_ROWS and rows.device.type == "cpu" and rows.dtype == torch.float32
-    if not slow or type(linear) is not nn.Linear or linear.weight.ndim != 2:
+    if not slow or type(linear) is not nn.Linear or hasattr(linear.weight, "ds_id"):
         return linear(rows)
     columns = linear.weight @ rows.t()
     return (columns if linear.bias is None else columns + linear.bias[:, None]).t()
