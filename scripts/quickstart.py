@@ -4,8 +4,9 @@
 
 Every step is one of the public commands and is printed before it runs. A step that is done already is skipped and an
 interrupted one continues, so the quickstart may be started again at any time. Without a GPU, evaluations and mining run
-beside each other, one per core; the output of each is shown when it ends, and is in <out>/steps/ meanwhile. Results:
-<out>/summary.json (percent, protocol official; the other protocol under "per_expression") and <out>/index.html.
+beside each other and beside training in one process, one per core; the output of each is shown when it ends, and is in
+<out>/steps/ meanwhile. Results: <out>/summary.json (percent, protocol official; the other protocol under
+"per_expression") and <out>/index.html.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ class Train:
             sources=TRAIN_CODE,
             needs=self.after,
             parallel=True,
-            alone=True,
+            alone=options.num_gpus > 1,
+            leading=options.num_gpus == 1,
         )
 
 
@@ -173,7 +175,7 @@ STEPS: tuple[Run | Train | Evaluate, ...] = (
 )
 """What is run, in order; those marked full only with --full."""
 MOST_JOBS = 4
-"""Evaluations and mining at a time, each with one to two GB of memory."""
+"""Commands at a time, each with one to two GB of memory."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -211,7 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def jobs() -> int:
-    """Evaluations at a time: as many as there are cores, since one more core hardly speeds up a small model.
+    """Commands at a time: as many as there are cores, since one more core hardly speeds up a small model.
 
     With GPUs it is one, on all of them.
     """

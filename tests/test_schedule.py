@@ -66,6 +66,16 @@ def test_nothing_overtakes_a_step_that_waits_for_the_whole_machine(project):
     assert names(startable(named(behind, two), [one], 1)) == ["two"]
 
 
+def test_a_leading_step_has_its_turn_before_others(project):
+    one, two = step(project, "one"), step(project, "two")
+    training = step(project, "training", leading=True)
+    assert names(startable(named(one, two, training), [], 1)) == ["training"]
+    assert names(startable(named(one, two, training), [], 3)) == ["training", "one", "two"]
+    assert names(startable(named(one, two), [training], 1)) == ["one"], "others run beside it"
+    behind = step(project, "behind", needs=("one",), leading=True)
+    assert names(startable(named(one, two, behind), [], 1)) == ["one"], "it waits for what it needs"
+
+
 def test_steps_run_beside_each_other(project):
     """Each of two waits for the other's file: one after the other they would fail."""
     pair = [step(project, n, n, MEET.format(others=["a", "b"])) for n in ("a", "b")]
@@ -102,13 +112,14 @@ def test_a_stop_reaches_a_command_that_is_being_started(project):
         assert time.monotonic() - began < 60
 
 
-def test_a_step_keeps_to_its_share_and_one_alone_has_all(project):
+def test_a_step_keeps_to_its_share_and_one_alone_or_leading_has_all(project):
     script = ("import os, pathlib, sys; p = pathlib.Path(sys.argv[1]); p.parent.mkdir(exist_ok=True)\n"
               "p.write_text(repr(sorted(os.sched_getaffinity(0))))")  # fmt: skip
     cores = sorted(os.sched_getaffinity(0))
     jobs = min(2, len(cores))
-    run(project, [step(project, "a", "a", script), step(project, "b", "b", script, alone=True)], jobs)
-    assert (project / "b/out.txt").read_text() == repr(cores)
+    whole = [step(project, "b", "b", script, alone=True), step(project, "c", "c", script, leading=True)]
+    run(project, [step(project, "a", "a", script), *whole], jobs)
+    assert (project / "b/out.txt").read_text() == (project / "c/out.txt").read_text() == repr(cores)
     shares = [repr(sorted(share or cores)) for share in core_shares(jobs)]
     assert (project / "a/out.txt").read_text() in shares
 

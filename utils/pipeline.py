@@ -53,6 +53,8 @@ class Step:
     """Whether it runs in several processes."""
     alone: bool = False
     """Whether it is to have the machine for itself where steps run beside each other (`utils.schedule`)."""
+    leading: bool = False
+    """Whether it begins before all others that may begin, and uses any core; others beside it fill what it leaves."""
     stamps: Path | None = None
     """Where its stamp is kept: None = with the pipeline; elsewhere if several pipelines share its output."""
 
@@ -168,7 +170,8 @@ class Pipeline:
                 raise
             finally:
                 if self.quiet:
-                    print(log.read_text(encoding="utf-8", errors="replace"), end="", flush=True)
+                    # On a line of its own: the progress bar of a command beside it may stand there.
+                    print(f"\n{log.read_text(encoding='utf-8', errors='replace')}", end="", flush=True)
 
     def stop(self) -> None:
         """End the command that is running, if any, and wait for it."""

@@ -24,7 +24,7 @@ def run_all(
 
     Args:
         steps: a step that is `alone` has all cores: it begins when nothing else runs, and nothing overtakes it once
-            its turn has come.
+            its turn has come. One that is `leading` has its turn before all others, and may use every core.
         jobs: steps at a time.
         pipeline: makes the one that a step runs in, on some cores.
         call: runs a step, in a thread of its own.
@@ -41,7 +41,7 @@ def run_all(
             for step in startable(waiting, [step for step, *_ in running.values()], len(idle)):
                 del waiting[step.name]
                 share = idle.pop()
-                made = pipeline(None if step.alone else share)
+                made = pipeline(None if step.alone or step.leading else share)
                 running[pool.submit(call, made, step)] = (step, made, share)
             for future in _ended(running):
                 idle.append(running.pop(future)[2])
@@ -58,7 +58,7 @@ def startable(waiting: Mapping[str, Step], running: Sequence[Step], free: int) -
         return []
     unfinished = waiting.keys() | {step.name for step in running}
     chosen: list[Step] = []
-    for step in waiting.values():
+    for step in sorted(waiting.values(), key=lambda step: not step.leading):
         if not unfinished.isdisjoint(step.needs):
             continue
         if step.alone:
@@ -88,8 +88,8 @@ def elapsed(spans: Iterable[tuple[float, float]]) -> float:
 
 
 def _ended(running: Mapping[Future[None], tuple[Step, Pipeline, Cores]]) -> set[Future[None]]:
-    """Wait until some are done; meanwhile a terminal tells which commands run unseen, and for how long."""
-    unseen = [step.name for step, made, _ in running.values() if made.quiet]
+    """Wait until some are done; while nothing else is shown, a terminal tells which commands run, and for how long."""
+    unseen = [step.name for step, *_ in running.values()] if all(made.quiet for _, made, _ in running.values()) else []
     begin = time.monotonic()
     while True:
         done, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
