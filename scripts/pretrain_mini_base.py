@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from model.sam import SamSizes, Segmenter, assemble_sam
@@ -29,6 +29,7 @@ from model.videollama2.config import VideoLlama2Config
 from scripts.mini_base import perception, reading
 from scripts.mini_base.corpus import pretraining_text
 from scripts.mini_base.tokens import TreePacker, train_tokenizer
+from utils.tensor_files import save_safetensors
 
 ROWS = 576
 """Rows of the embedding matrices: the tokenizer's, and spare ones for [SEG], as in the released 152064."""
@@ -112,7 +113,9 @@ def train(arguments: argparse.Namespace, model: VideoLlama2, segmenter: Segmente
         began = time.time()
         run_step(name, model, segmenter, packer, bank, getattr(arguments, f"{name}_steps"))
         print(f"{name}: {time.time() - began:.0f} s", flush=True)
-        save_file({k: v.contiguous() for k, v in trained_part(name, part).items()}, path)
+        building = path.with_suffix(".part")
+        save_safetensors({k: v.contiguous() for k, v in trained_part(name, part).items()}, building)
+        building.replace(path)
 
 
 def run_step(name: str, model: VideoLlama2, segmenter: Segmenter, packer: TreePacker, bank: perception.Bank | None,
@@ -158,7 +161,7 @@ def save(out: Path, work: Path, model: VideoLlama2, segmenter: Segmenter) -> Non
     building.mkdir(parents=True)
     save_backbone(model.half(), building)
     sam = {k: v.half().contiguous() for k, v in segmenter.sam.state_dict().items()}
-    save_file(sam, building / "sam.safetensors", metadata={"format": "pt"})
+    save_safetensors(sam, building / "sam.safetensors")
     SAM_SIZES.to_json(building / "sam.json")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(work / name, building / name)

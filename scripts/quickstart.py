@@ -57,12 +57,13 @@ class Run:
     full: bool = False
 
     def step(self, options: argparse.Namespace) -> Step:
-        """One call of the script."""
+        """One call of the script; what is both parallel and alone has a process per core where there is no GPU."""
         command, folder, output = (_fill(text, options) for text in (self.arguments, self.folder, self.output))
         stamps = None if self.stamps is None else Path(self.stamps)
         return Step(
             self.name, command, Path(folder), Path(output), self.sources, self.after,
             parallel=self.parallel and options.jobs == 1, alone=self.alone, stamps=stamps,
+            processes=_per_core(self.parallel and self.alone, options),
         )  # fmt: skip
 
 
@@ -107,6 +108,7 @@ class Evaluate:
     probe: str = "none"
     pictures: int = 0
     overrides: tuple[str, ...] = ()
+    alone: bool = False
     full: bool = False
 
     @property
@@ -135,7 +137,14 @@ class Evaluate:
             sources=EVAL_CODE,
             needs=(self.stage,),
             parallel=options.jobs == 1,
+            processes=_per_core(self.alone, options),
+            alone=self.alone,
         )
+
+
+def _per_core(alone: bool, options: argparse.Namespace) -> int | None:
+    """Processes of a step that others wait for, and that has all cores, if it does not run on GPUs."""
+    return options.jobs if alone and options.jobs > 1 else None
 
 
 ENGINE_CODE = ("dataset/*.py", "dataset/annotate/**/*", "scripts/mine_failures.py", "scripts/correct_paths.py",
@@ -149,7 +158,7 @@ STEPS: tuple[Run | Train | Evaluate, ...] = (
     Run("mine", ("scripts/mine_failures.py", "--config", "configs/mini/eval.yaml", "--checkpoint", "{out}/sft/final",
                  "--out", "{out}/mine/failures.jsonl", "eval.limit=1500"),
         "{out}/mine", "{out}/mine/failures.jsonl", (*EVAL_CODE, *ENGINE_CODE, "configs/mini/eval.yaml"), ("sft",),
-        parallel=True),
+        parallel=True, alone=True),
     Evaluate("sft", ("test_s", "test_u", "test_n"), pictures=12),
     Evaluate("teacher", ("test_s", "test_u"), overrides=(f"data.cot=[{DATA}/cot/held_out.jsonl]",)),
     Evaluate("sft", ("test_s",), probe="shuffle_audio"),
@@ -167,7 +176,7 @@ STEPS: tuple[Run | Train | Evaluate, ...] = (
           ("init_from={out}/sft/final", "reflective.paths=[{out}/compose/reflective.jsonl]"), ("world", "compose")),
     Train("grpo", "grpo", ("init_from={out}/reflective/final",), ("world", "reflective")),
     Evaluate("reflective", ("test_s", "test_u", "test_n")),
-    Evaluate("grpo", ("test_s", "test_u", "test_n"), pictures=12),
+    Evaluate("grpo", ("test_s", "test_u", "test_n"), pictures=12, alone=True),
     Train("sft_plain", "sft", (TEACHER, "data.answer=plain"), ("world", "teacher"), full=True),
     Train("sft_without_null", "sft", (TEACHER, "data.null_rows=false"), ("world", "teacher"), full=True),
     Evaluate("sft_plain", ("test_s", "test_u"), full=True),

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,20 @@ def run(project, *steps):
 
 def written(project, folder="made"):
     return (project / folder / "out.txt").read_text()
+
+
+def test_a_step_may_have_a_number_of_processes_of_its_own(project):
+    """And is done whatever that number was: another machine has other cores."""
+    (project / "count.py").write_text(
+        "import os, pathlib, sys; p = pathlib.Path(sys.argv[1]); p.parent.mkdir(exist_ok=True)\n"
+        "p.open('a').write(os.environ.get('WORLD_SIZE', '1'))"
+    )
+    one = replace(step(project), command=("count.py", str(project / "made/out.txt")))
+    run(project, replace(one, processes=2))
+    run(project, one)
+    assert written(project) == "22"
+    run(project, replace(one, name="other", processes=1, parallel=True))
+    assert written(project) == "221"
 
 
 def test_a_done_step_is_skipped_and_a_lost_output_made_again(project, capfd):

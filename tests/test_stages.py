@@ -238,7 +238,7 @@ def test_faulty_teachers_are_refused(tmp_path: Path) -> None:
         build_stage(broken, tiny_model(WHOLE))
     stage = make_student(tmp_path, LORA_PLAIN)
     empty = replace(tiny_sample(4), teacher_ids=torch.empty(0, dtype=torch.long))
-    with pytest.raises(ValueError, match="row 4 has no teacher_ids"):
+    with pytest.raises(ValueError, match="rows 4 have no teacher_ids"):
         stage.prepare(tiny_batch(empty))
 
 

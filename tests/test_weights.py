@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 import random
 import shutil
@@ -14,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model.videollama2 import weights
 from model.videollama2.config import LanguageConfig, VideoLlama2Config
 from model.videollama2.names import RELEASED_TABLE, TABLE, from_released, released_keys, to_released
 from model.videollama2.weights import expected_keys, load_backbone, save_backbone
-from utils.tensor_files import TensorFileError
+from utils import tensor_files
+from utils.tensor_files import TensorFileError, save_safetensors
 
 
 @pytest.fixture
@@ -120,11 +121,26 @@ def test_failed_save_leaves_the_old_file(
         Path(path).write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(weights, "save_file", full_disk)
+    monkeypatch.setattr(tensor_files, "save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
         save_backbone(model, tmp_path)
     same(tmp_path, stored)
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_others_may_read_what_the_user_lets_them_read(tmp_path: Path, mask: int) -> None:
+    """Like any new file of this user, and whatever an earlier file of that name allowed."""
+    before = os.umask(mask)
+    try:
+        (tmp_path / "plain").touch()
+        for _ in range(2):
+            save_safetensors({"x": torch.ones(2)}, tmp_path / "x.safetensors")
+            assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+            (tmp_path / "x.safetensors").chmod(0o400)
+    finally:
+        os.umask(before)
+    assert load_file(tmp_path / "x.safetensors")["x"].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin", "one bin", "legacy bin"])

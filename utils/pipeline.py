@@ -50,7 +50,9 @@ class Step:
     settings: str = ""
     """The command's resolved configuration, as text."""
     parallel: bool = False
-    """Whether it runs in several processes."""
+    """Whether it runs in as many processes as the pipeline has."""
+    processes: int | None = None
+    """A number of its own instead; the result must not depend on it, for it is no part of the hash."""
     alone: bool = False
     """Whether it is to have the machine for itself where steps run beside each other (`utils.schedule`)."""
     leading: bool = False
@@ -143,9 +145,10 @@ class Pipeline:
         torchrun, because it ends its processes when it is terminated. The command `deepspeed` does not pass SIGTERM on
         to the launcher that it starts (deepspeed/launcher/runner.py), whose processes would train on, unseen.
         """
-        if not step.parallel or self.processes == 1:
+        processes = step.processes or (self.processes if step.parallel else 1)
+        if processes == 1:
             return ("python", *step.command)
-        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes))
+        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
         return ("python", *launcher, *step.command)
 
     def _call(self, command: Sequence[str], log: Path) -> int:

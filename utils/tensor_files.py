@@ -1,4 +1,4 @@
-"""Torch files read as tensors and nothing else: a pickle that would run code is refused, damage is named."""
+"""Files of tensors: read as tensors and nothing else (a pickle that would run code is refused), damage is named."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import json
 import pickle
 import struct
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from utils.errors import WeightsError
@@ -76,6 +78,21 @@ def load_safetensors(path: str | Path) -> dict[str, Tensor]:
             return {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, OSError) as error:
         raise TensorFileError(f"{path}: missing, damaged or truncated safetensors file ({error})") from error
+
+
+def save_safetensors(tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Write a safetensors file with the permissions of any new file.
+
+    safetensors itself (0.8) leaves files that their owner alone may read, which shuts the others out of weights and
+    cached features in a folder that several people share. The path is written as it stands: callers that replace a
+    file name a temporary one and rename it.
+    """
+    path = Path(path)
+    path.unlink(missing_ok=True)
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
 from torch import Tensor
 
 from configs.schema import ModelConfig, TrainableConfig
@@ -45,7 +44,7 @@ from model.sam import SAM_SIZES, build_segmenter
 from model.videollama2.weights import load_backbone, save_state
 from utils.errors import WeightsError
 from utils.manifest import file_digest
-from utils.tensor_files import load_safetensors, read_json
+from utils.tensor_files import load_safetensors, read_json, save_safetensors
 
 ADAPTER, HEAD, DECODER, REST = (
     f"{name}.safetensors" for name in ("adapter_model", "seg_head", "mask_decoder", "trained_rest")
@@ -295,5 +294,5 @@ def _part(state: dict[str, Tensor], prefix: str, within: str | None = None) -> d
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     """Write a safetensors file by temporary name and rename."""
     part = path.with_name(f".{path.name}.part")
-    save_file({k: x.detach().cpu().contiguous().clone() for k, x in tensors.items()}, part, metadata={"format": "pt"})
+    save_safetensors({k: x.detach().cpu().contiguous().clone() for k, x in tensors.items()}, part)
     os.replace(part, path)

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from utils.tensor_files import load_safetensors, save_safetensors
 
 MODES = ("none", "memory", "disk")
 
@@ -102,7 +103,7 @@ class FeatureCache:
         if path is None and (tower, key) in self._stored:
             return self._stored[tower, key], None
         if path is not None and path.is_file():
-            return load_file(path)["features"], None
+            return load_safetensors(path)["features"], None
         features = compute()
         # A copy, or the entry would hold the memory of the whole result.
         copy = features.to("cpu", copy=True).contiguous()
@@ -111,7 +112,7 @@ class FeatureCache:
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             building = path.with_name(f"{path.name}.{os.getpid()}")  # several processes may meet the same clip
-            save_file({"features": copy}, building)
+            save_safetensors({"features": copy}, building)
             building.replace(path)
         return copy, features.device
 

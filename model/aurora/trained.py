@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from configs.schema import TrainableConfig
@@ -30,6 +30,7 @@ from model.aurora.model import AuroraModel
 from model.aurora.prompter import QUERIES
 from utils.errors import WeightsError
 from utils.manifest import file_digest
+from utils.tensor_files import save_safetensors
 
 TENSORS = "trained.safetensors"
 SETTINGS = "trained.json"
@@ -86,7 +87,7 @@ def write_trained(trained: Trained) -> None:
     folder, tensors = trained.folder, trained.tensors
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{TENSORS}.part"
-    save_file(tensors, part, metadata={"format": "pt"})
+    save_safetensors(tensors, part)
     settings = {
         "format": FORMAT,
         "trainable": trained.trainable.model_dump(mode="json"),

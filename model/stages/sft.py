@@ -12,6 +12,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -105,29 +107,25 @@ class FrozenTeacher:
         Raises:
             ValueError: a sample without `teacher_ids`.
         """
-        for i, sample in enumerate(batch.samples):
-            if sample.row not in self._known:
-                self._known[sample.row] = self._compute(_one(batch, i))
+        new = {s.row: i for i, s in enumerate(batch.samples) if s.row not in self._known}
+        self._known.update(zip(new, self._compute([_one(batch, i) for i in new.values()]), strict=True))
         found = [self._known[s.row] for s in batch.samples]
         device = self._pass.model.device
         return torch.stack([f for f, _ in found]).to(device), torch.tensor([h for _, h in found], device=device)
 
     @torch.no_grad()
-    def _compute(self, batch: Batch) -> tuple[Tensor, bool]:
-        """f_t [C] on the CPU and whether there is a [SEG], of a batch of one.
-
-        One sample at a time, so that not even the last bits depend on which samples a run happened to meet first.
-        """
-        sample = batch.samples[0]
-        if not len(sample.teacher_ids):
+    def _compute(self, clips: Sequence[Batch]) -> list[tuple[Tensor, bool]]:
+        """Of each batch of one: f_t [C] on the CPU and whether there is a [SEG]."""
+        unread = [str(clip.samples[0].row) for clip in clips if not len(clip.samples[0].teacher_ids)]
+        if unread:
             raise ValueError(
-                f"metadata row {sample.row} has no teacher_ids: samples for stage sft need the teacher's answer"
+                f"metadata rows {', '.join(unread)} have no teacher_ids: stage sft needs the teacher's answer to each"
             )
         model = self._pass.model
-        packed = model.pack(batch, [sample.teacher_ids])
+        packed = [model.pack(clip, [clip.samples[0].teacher_ids]) for clip in clips]
         with evaluating(model):
-            features = functional_call(self._pass, self._tensors, (batch, packed, self._cache))
-        return features[0].to("cpu", copy=True), bool(packed.has_seg[0])
+            found = functional_call(self._pass, self._tensors, (clips, packed, self._cache)) if clips else []
+        return [(f.to("cpu", copy=True), bool(p.has_seg[0])) for f, p in zip(found, packed, strict=True)]
 
 
 def _one(batch: Batch, i: int) -> Batch:
@@ -143,12 +141,22 @@ def _one(batch: Batch, i: int) -> Batch:
 
 
 class _SegPass(nn.Module):
-    """Clips and answers to [SEG] features, as one module call: no lm_head, no masks."""
+    """Clips and answers to [SEG] features, as one module call: no lm_head, no masks.
+
+    One clip at a time, so that not even the last bits depend on which clips a run happened to meet first; all in one
+    call, since for a small model the exchange of the tensors costs as much as the pass.
+    """
 
     def __init__(self, model: AuroraModel) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch, packed: PackedInputs, cache: FeatureCache | None) -> Tensor:
-        hidden = self.model.hidden_states(packed, self.model.encode(batch, masks=False, cache=cache))
-        return self.model.seg_features(hidden, packed)
+    def forward(
+        self, clips: Sequence[Batch], packed: Sequence[PackedInputs], cache: FeatureCache | None
+    ) -> list[Tensor]:
+        """[C] per clip."""
+        found = []
+        for clip, places in zip(clips, packed, strict=True):
+            hidden = self.model.hidden_states(places, self.model.encode(clip, masks=False, cache=cache))
+            found.append(self.model.seg_features(hidden, places)[0])
+        return found

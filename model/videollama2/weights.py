@@ -18,14 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from model.videollama2.backbone import VideoLlama2
 from model.videollama2.config import CONFIG_NAME, VideoLlama2Config
 from model.videollama2.names import TABLE, KeyCheck, check_keys, from_released, moved_component, to_released
 from model.videollama2.shards import INDEX_SAFE, SINGLE_SAFE, Checkpoint
-from utils.tensor_files import TensorFileError
+from utils.tensor_files import TensorFileError, save_safetensors
 
 OWN_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 """Names that `save_backbone` gives, and may therefore replace or remove."""
@@ -141,7 +140,7 @@ def save_state(
         # clone where needed: safetensors refuses tensors that share memory, as the repeated table does
         shard = {k: tensors[k].detach().cpu().contiguous() for k in keys}
         shard = {k: x.clone() if from_released(k) == TABLE else x for k, x in shard.items()}
-        _replace(folder / name, lambda path, shard=shard: save_file(shard, path, metadata={"format": "pt"}))
+        _replace(folder / name, lambda path, shard=shard: save_safetensors(shard, path))
     if len(shards) > 1:
         total = sum(x.numel() * x.element_size() for x in tensors.values())
         weight_map = {k: name for name, keys in zip(names, shards, strict=True) for k in keys}
