@@ -159,16 +159,16 @@ STEPS: tuple[Run | Train | Evaluate, ...] = (
                  "--out", "{out}/mine/failures.jsonl", "eval.limit=1500"),
         "{out}/mine", "{out}/mine/failures.jsonl", (*EVAL_CODE, *ENGINE_CODE, "configs/mini/eval.yaml"), ("sft",),
         parallel=True, alone=True),
-    Evaluate("sft", ("test_s", "test_u", "test_n"), pictures=12),
-    Evaluate("teacher", ("test_s", "test_u"), overrides=(f"data.cot=[{DATA}/cot/held_out.jsonl]",)),
-    Evaluate("sft", ("test_s",), probe="shuffle_audio"),
-    Evaluate("sft", ("test_s",), probe="shuffle_video"),
     Run("correct", ("scripts/correct_paths.py", "--data", DATA, "--failures", "{out}/mine/failures.jsonl",
                     "--out", "{out}/correct/corrections.jsonl", "--backend", "mini"),
         "{out}/correct", "{out}/correct/corrections.jsonl", ENGINE_CODE, ("mine",)),
     Run("compose", ("scripts/build_reflective.py", "--corrections", "{out}/correct/corrections.jsonl",
                     "--out", "{out}/compose/reflective.jsonl"),
         "{out}/compose", "{out}/compose/reflective.jsonl", ENGINE_CODE, ("correct",)),
+    Evaluate("sft", ("test_s", "test_u", "test_n"), pictures=12),
+    Evaluate("teacher", ("test_s", "test_u"), overrides=(f"data.cot=[{DATA}/cot/held_out.jsonl]",)),
+    Evaluate("sft", ("test_s",), probe="shuffle_audio"),
+    Evaluate("sft", ("test_s",), probe="shuffle_video"),
     Run("taxonomy", ("scripts/analyze_failures.py", "--data", DATA, "--failures", "{out}/mine/failures.jsonl",
                      "--out", "{out}/taxonomy/types.jsonl"),
         "{out}/taxonomy", "{out}/taxonomy/types.jsonl", ENGINE_CODE, ("mine",)),
@@ -182,7 +182,7 @@ STEPS: tuple[Run | Train | Evaluate, ...] = (
     Evaluate("sft_plain", ("test_s", "test_u"), full=True),
     Evaluate("sft_without_null", ("test_s", "test_n"), full=True),
 )
-"""What is run, in order; those marked full only with --full."""
+"""What is run, in order of what others wait for; those marked full only with --full."""
 MOST_JOBS = 4
 """Commands at a time, each with one to two GB of memory."""
 
