@@ -3,10 +3,10 @@
     python scripts/quickstart.py [--num_gpus 2] [--seed 0] [--out runs/quickstart] [--full]
 
 Every step is one of the public commands and is printed before it runs. A step that is done already is skipped and an
-interrupted one continues, so the quickstart may be started again at any time. Without a GPU, evaluations and mining run
-beside each other and beside training in one process, one per core; the output of each is shown when it ends, and is in
-<out>/steps/ meanwhile. Results: <out>/summary.json (percent, protocol official; the other protocol under
-"per_expression") and <out>/index.html.
+interrupted one continues, so the quickstart may be started again at any time. Without a GPU, evaluations run beside
+each other and beside training in one process, one per core; the output of each is shown when it ends, and is in
+<out>/steps/ meanwhile. Mining and the last evaluation, which nothing could run beside, have a process per core.
+Results: <out>/summary.json (percent, protocol official; the other protocol under "per_expression") and <out>/index.html.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from tests.aurora_cases import (
     tiny_sample,
     tiny_segmenter,
 )
+from utils.tensor_files import TensorFileError
 from utils.types import IGNORE
 
 
@@ -197,3 +198,17 @@ def test_features_on_disk_outlive_the_model_but_neither_its_weights_nor_the_medi
     count = len(list(tmp_path.rglob("image_encoder-*/*")))
     model.encode(batch, cache=cache())
     assert len(list(tmp_path.rglob("image_encoder-*/*"))) == count + len({s.clip for s in batch.samples})
+
+
+def test_a_damaged_feature_on_disk_is_named(tmp_path: Path) -> None:
+    def fetch() -> torch.Tensor:
+        cache = FeatureCache("disk", tmp_path, lambda tower: "same")
+        return cache.fetch("tower", ["a"], lambda rows: torch.ones(len(rows), 2), torch.zeros(1, 3))
+
+    fetch()
+    (path,) = tmp_path.rglob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(TensorFileError, match=rf"{path.name}: .*truncated.* Remedy: delete it"):
+        fetch()
+    path.unlink()
+    assert torch.equal(fetch(), torch.ones(1, 2))

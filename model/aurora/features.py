@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from utils.tensor_files import load_safetensors, save_safetensors
+from utils.tensor_files import TensorFileError, load_safetensors, save_safetensors
 
 MODES = ("none", "memory", "disk")
 
@@ -103,7 +103,7 @@ class FeatureCache:
         if path is None and (tower, key) in self._stored:
             return self._stored[tower, key], None
         if path is not None and path.is_file():
-            return load_safetensors(path)["features"], None
+            return _read(path), None
         features = compute()
         # A copy, or the entry would hold the memory of the whole result.
         copy = features.to("cpu", copy=True).contiguous()
@@ -121,6 +121,13 @@ class FeatureCache:
             self._folders[tower] = self._folder / f"{tower}-{self._fingerprint(tower)}"
         digest = hashlib.sha256(inputs.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
         return self._folders[tower] / f"{key}-{digest}.safetensors"
+
+
+def _read(path: Path) -> Tensor:
+    try:
+        return load_safetensors(path)["features"]
+    except TensorFileError as error:
+        raise TensorFileError(f"{error}. Remedy: delete it; features that are not kept are made again.") from error
 
 
 def tower_fingerprint(model: nn.Module, tower: str) -> str:

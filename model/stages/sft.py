@@ -108,7 +108,8 @@ class FrozenTeacher:
             ValueError: a sample without `teacher_ids`.
         """
         new = {s.row: i for i, s in enumerate(batch.samples) if s.row not in self._known}
-        self._known.update(zip(new, self._compute([_one(batch, i) for i in new.values()]), strict=True))
+        if new:
+            self._known.update(zip(new, self._compute([_one(batch, i) for i in new.values()]), strict=True))
         found = [self._known[s.row] for s in batch.samples]
         device = self._pass.model.device
         return torch.stack([f for f, _ in found]).to(device), torch.tensor([h for _, h in found], device=device)
@@ -124,7 +125,7 @@ class FrozenTeacher:
         model = self._pass.model
         packed = [model.pack(clip, [clip.samples[0].teacher_ids]) for clip in clips]
         with evaluating(model):
-            found = functional_call(self._pass, self._tensors, (clips, packed, self._cache)) if clips else []
+            found = functional_call(self._pass, self._tensors, (clips, packed, self._cache))
         return [(f.to("cpu", copy=True), bool(p.has_seg[0])) for f, p in zip(found, packed, strict=True)]
 
 
