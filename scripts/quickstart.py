@@ -6,7 +6,7 @@ Every step is one of the public commands and is printed before it runs. A step t
 interrupted one continues, so the quickstart may be started again at any time. Without a GPU, evaluations run beside
 each other and beside training in one process, one per core; the output of each is shown when it ends, and is in
 <out>/steps/ meanwhile. Mining and the last evaluation, which nothing could run beside, have a process per core.
-Results: <out>/summary.json (percent, protocol official; the other protocol under "per_expression") and <out>/index.html.
+Results: <out>/summary.json (percent, protocol official; the other protocol under "per_expression"), <out>/index.html.
 """
 
 from __future__ import annotations
