@@ -6,7 +6,7 @@ import atexit
 import gc
 import multiprocessing
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 
@@ -80,7 +80,7 @@ def build_loader(
     if workers > 0:
         atexit.register(end_workers)
         import_module("librosa.core")  # librosa loads it at first use: once here, not once in every forked worker
-    return DataLoader(
+    return ClipLoader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,
@@ -91,6 +91,29 @@ def build_loader(
         worker_init_fn=_init_patient_worker,
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+class ClipLoader(DataLoader):
+    """A DataLoader that names a lost worker, however its loss shows.
+
+    Tensors arrive as open files that the worker hands over when they are read. One that dies in between breaks that
+    conversation before it counts as dead, and a bare EOFError or ConnectionError would end the run.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _named_losses(super().__iter__(), multiprocessing.active_children())
+
+
+def _named_losses(batches: Iterator[Batch], workers: Sequence[multiprocessing.Process]) -> Iterator[Batch]:
+    try:
+        yield from batches
+    except (EOFError, ConnectionError) as error:
+        for worker in workers:
+            worker.join(1.0)
+            if worker.exitcode is not None:
+                ended = f"DataLoader worker (pid {worker.pid}) ended with status {worker.exitcode}."
+                raise RuntimeError(ended) from error
+        raise
 
 
 def init_worker(worker: int) -> None:

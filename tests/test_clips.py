@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import pickle
+import signal
+import time
 from itertools import islice
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import cv2
@@ -308,3 +312,22 @@ def test_loader(parts: Parts, workers: int) -> None:
     finite = build_loader(_dataset(parts), shard(4, 0, 1), batch_size=3, workers=workers, seed=0)
     for _ in range(2):  # persistent workers serve a second pass
         assert [b.rows for b in finite] == [[0, 1, 2], [3]]
+
+
+def test_a_worker_lost_while_it_hands_tensors_over_is_named(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The conversation with a killed worker may break before the worker counts as dead."""
+    loader = build_loader(_dataset(parts), MixtureSampler([4], seed=2), batch_size=1, workers=1, seed=0)
+    others = set(multiprocessing.active_children())
+    batches = iter(loader)
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would tell of the death first
+    try:
+        next(batches)
+        (worker,) = set(multiprocessing.active_children()) - others
+        time.sleep(1.0)  # it has decoded the next batches, and waits to hand them over
+        monkeypatch.setattr(BaseProcess, "is_alive", lambda process: True)
+        worker.kill()
+        with pytest.raises(RuntimeError, match=rf"DataLoader worker \(pid {worker.pid}\) ended with status -9"):
+            list(batches)
+    finally:
+        monkeypatch.undo()
+        signal.signal(signal.SIGCHLD, handler)
