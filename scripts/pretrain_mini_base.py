@@ -86,9 +86,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="torch threads (default: all cores)")
     parser.add_argument("--scenes", type=int, default=3000, help="scenes rendered in memory (default: %(default)s)")
-    parser.add_argument("--steps", nargs="+", default=["vision", "audio", "sam", "text", "joint", "save"])
+    parser.add_argument("--steps", nargs="+", default=[*_OWNED, "save"], help="default: all")
     parser.add_argument("--resume", action="store_true", help="train the named steps on from their cached result")
-    for name, steps in (("vision", 2500), ("audio", 2000), ("sam", 2500), ("text", 900), ("joint", 1500)):
+    for name, steps in (("vision", 2500), ("audio", 2000), ("sam", 2500), ("text", 900), ("joint", 1500),
+                        ("places", 1500), ("review", 1200)):  # fmt: skip
         parser.add_argument(f"--{name}-steps", type=int, default=steps, help="default: %(default)s")
     return parser.parse_args()
 
@@ -99,14 +100,14 @@ def train(arguments: argparse.Namespace, model: VideoLlama2, segmenter: Segmente
     frames = 10 * 100 - 2  # 10 s of 10 ms, less the last incomplete windows
     media = model.config.video_tokens(10) + model.config.audio_tokens(frames)
     packer = TreePacker(tokenizer, media)
-    parts = {"vision": model, "audio": model, "sam": segmenter.sam, "text": model, "joint": model}
+    parts = {name: segmenter.sam if name == "sam" else model for name in _OWNED}
     for name, part in parts.items():
         path = arguments.work / f"{name}.safetensors"
         if path.is_file() and (arguments.resume or name not in arguments.steps):
             load_part(name, part, path)
         if name not in arguments.steps:
             continue
-        if bank is None and name != "text":
+        if bank is None and name not in ("text", "places"):
             began = time.time()
             bank = perception.make_bank(
                 arguments.scenes, arguments.seed, model.config.beats.mel_bins, arguments.threads
@@ -133,14 +134,18 @@ def run_step(name: str, model: VideoLlama2, segmenter: Segmenter, packer: TreePa
         perception.pretrain_sam(segmenter, bank, steps, report)
     elif name == "text":
         reading.pretrain_text(model, packer, steps, report)
+    elif name == "places":
+        reading.pretrain_places(model, packer, steps, report)
     else:
-        reading.pretrain_joint(model, packer, bank, 200, steps, report)
+        reading.pretrain_joint(model, packer, bank, 200, steps, report, look_ups=8 if name == "review" else 0)
 
 
+_JOINT = ("language_model.", "mm_projector.", "mm_projector_a.")
 _OWNED = {
     "vision": ("vision_tower.", "mm_projector."), "audio": ("audio_tower.", "mm_projector_a."), "sam": ("",),
-    "text": ("language_model.",), "joint": ("language_model.", "mm_projector.", "mm_projector_a."),
+    "text": ("language_model.",), "joint": _JOINT, "places": ("language_model.",), "review": _JOINT,
 }  # fmt: skip
+"""The steps in order, and the tensors that each trains."""
 
 
 def trained_part(name: str, part: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -86,8 +86,9 @@ def direct_questions(scene: scenes.Scene, sounds: tuple, rng: np.random.Generato
 
 
 def tree(
-    scene: scenes.Scene, rng: np.random.Generator, direct: int, after: int, then: int = 0, sounds: tuple | None = None
-) -> list[Branch]:
+    scene: scenes.Scene, rng: np.random.Generator, direct: int, after: int, then: int = 0, sounds: tuple | None = None,
+    look_ups: int = 0,
+) -> list[Branch]:  # fmt: skip
     """Caption, questions behind it and beside it.
 
     Args:
@@ -97,6 +98,7 @@ def tree(
         after: questions or statements that follow the caption.
         then: instructions given before the caption and carried out after it (repeat a phrase, answer a question).
         sounds: what is heard if not the scene's own.
+        look_ups: questions behind the caption about single entities, half of them about a place.
     """
     heard = scene.sounds if sounds is None else sounds
     branches = [Branch(first_turn(DESCRIBE), caption(scene, rng, heard), -1, "caption")]
@@ -105,6 +107,7 @@ def tree(
         branches.append(Branch(first_turn(pairs[i][0]), pairs[i][1], -1, "direct"))
     if sounds is not None:
         return branches
+    branches += [Branch(user_turn(q), a, 0, "look") for q, a in _look_ups(scene, pairs, rng, look_ups)]
     for _ in range(after):
         question = _draw(scene, rng)
         phrase, answer = language.clause(question.reference), f"{language.answer(scene, question)}."
@@ -118,6 +121,35 @@ def tree(
     for _ in range(then):
         branches.append(_instruction(scene, rng))
     return branches
+
+
+def place_drill(scene: scenes.Scene, rng: np.random.Generator, count: int = 4) -> list[Branch]:
+    """A caption and, behind it, `count` times where one of its things stands, always asked in the same words."""
+    branches = [Branch(first_turn(DESCRIBE), caption(scene, rng), -1, "caption")]
+    for k in rng.integers(len(scene.things), size=count):
+        asked, told = _found(scene, int(k))
+        branches.append(Branch(user_turn(asked), told, 0, "look"))
+    return branches
+
+
+def _found(scene: scenes.Scene, k: int) -> tuple[str, str]:
+    name = scene.things[k].name
+    return f"Find the {name}.", f"The {name} {language.place(k)}."
+
+
+def _look_ups(
+    scene: scenes.Scene, pairs: list[tuple[str, str]], rng: np.random.Generator, count: int
+) -> list[tuple[str, str]]:
+    """`count` (question, answer) pairs about single entities, half of them about the place of a thing."""
+    found = []
+    for _ in range(count):
+        if rng.random() < 0.5:
+            found.append(pairs[int(rng.integers(len(pairs)))])
+            continue
+        k = int(rng.integers(len(scene.things)))
+        where = (f"Where is the {scene.things[k].name}?", f"{language.place(k).capitalize()}.")
+        found.append(where if rng.random() < 0.5 else _found(scene, k))
+    return found
 
 
 def _draw(scene: scenes.Scene, rng: np.random.Generator) -> language.Question:
