@@ -1,12 +1,11 @@
 """Make the mini base from nothing: tokenizer, SigLIP + connector, BEATs, SAM, and a Qwen2 that answers questions.
 
-    python scripts/pretrain_mini_base.py --out DIR --work WORK                 # 73 minutes on 2 cores
+    python scripts/pretrain_mini_base.py --out DIR --work WORK                 # 108 minutes on 2 cores
 
 The result stands where a user's VideoLLaMA2.1-7B-AV folder and SAM checkpoint stand: the released key names and file
 layout, small numbers. It knows all classes of the mini world by sight, sound and word; it has never seen the task's
 prompt, its chain of thought, or [SEG]. Steps are cached in --work and loaded from there when --steps leaves them out;
-with --resume the named ones train on. The shipped base had more joint training, in several calls, than one call gives:
-docs/mini_results.md says what each reaches.
+with --resume the named ones train on. docs/mini_results.md says what it reaches, and what the shipped base does.
 """
 
 from __future__ import annotations

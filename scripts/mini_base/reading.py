@@ -221,7 +221,7 @@ def pretrain_joint(
             recent = log[-50:]
             mean = np.mean([value for value, _ in recent])
             report(f"joint {step} {share:.0%} loss {mean:.3f} {_table([accuracies for _, accuracies in recent])}")
-        if step % 250 == 0:
+        if step % 500 == 0:
             report(f"joint {step} held-out {evaluate(model, packer, bank, patches, heard, train)}")
     report(f"joint held-out {evaluate(model, packer, bank, patches, heard, train)}")
 
@@ -252,7 +252,7 @@ def evaluate(model: VideoLlama2, packer: TreePacker, bank: Bank, patches: Tensor
     found: dict[str, list[bool]] = {}
     for i in range(first, len(bank.scenes), 20):
         index = np.arange(i, min(i + 20, len(bank.scenes)))
-        trees = [tree(bank.scenes[i], rng, 8, 0, 8, None if bank.sounds[i] else ()) for i in index]
+        trees = [tree(bank.scenes[i], rng, 8, 0, 4, None if bank.sounds[i] else ()) for i in index]
         packed = packer(trees)
         logits = model.language_model(
             inputs_embeds=_embedded(model, packed, patches[index], heard[index]), attention_mask=packed.allowed,
