@@ -85,7 +85,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="torch threads (default: all cores)")
     parser.add_argument("--scenes", type=int, default=3000, help="scenes rendered in memory (default: %(default)s)")
-    parser.add_argument("--steps", nargs="+", default=[*_OWNED, "save"], help="default: all")
+    parser.add_argument("--steps", nargs="+", choices=[*_OWNED, "save"], default=[*_OWNED, "save"], help="default: all")
     parser.add_argument("--resume", action="store_true", help="train the named steps on from their cached result")
     for name, steps in (("vision", 2500), ("audio", 2000), ("sam", 2500), ("text", 900), ("joint", 1500),
                         ("places", 1500), ("review", 1200)):  # fmt: skip

@@ -73,6 +73,7 @@ def test_one_of_several_processes_ends_at_once(
     with pytest.raises(KeyError):
         end(KeyError("x"))
     assert left == [1, 1] and "KeyError" in capsys.readouterr().err
+    assert run_command(lambda: None, INTACT, str) == 0 and left == [1, 1, 0]
 
 
 def test_the_memory_plan_names_the_component_and_the_cheapest_change(tmp_path: Path) -> None:

@@ -63,6 +63,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def several() -> bool:
+    """Whether this process is one of several, also before they have met and after they have parted."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def barrier() -> None:
     """Wait for all processes."""
     if world_size() > 1:
@@ -97,8 +102,7 @@ def from_main(value: T) -> T:
 
 def lost_process(error: BaseException) -> bool:
     """Whether an error of an exchange means that another process is gone."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # they may not have met yet
-    return several and isinstance(error, RuntimeError) and any(text in str(error) for text in LOST)
+    return several() and isinstance(error, RuntimeError) and any(text in str(error) for text in LOST)
 
 
 def stop() -> None:

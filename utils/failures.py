@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from utils.distributed import leave, lost_process, world_size
+from utils.distributed import leave, lost_process, several, world_size
 from utils.errors import AuroraError, plain, tell
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -21,7 +21,8 @@ def run_command(action: Callable[[], object], intact: str, memory: Callable[[], 
 
     Errors that a user can repair are printed without a traceback. Of several processes, one that fails ends at once:
     the interpreter's orderly end may wait inside NCCL for the others, which wait for this one, and the launcher would
-    not learn of it.
+    not learn of it. So does one that is done: threads that gloo has not joined by then abort the process now and then
+    ("terminate called without an active exception"), and the launcher would take a finished run for a failed one.
 
     Args:
         action: the command.
@@ -44,6 +45,8 @@ def run_command(action: Callable[[], object], intact: str, memory: Callable[[], 
             if not isinstance(sys.exc_info()[1], SystemExit | None):
                 tell(traceback.format_exc())
             leave(status)
+    if not status and several():
+        leave(status)
     return status
 
 
