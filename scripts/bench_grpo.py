@@ -9,7 +9,7 @@ step      a whole step with towers and SAM of the mini base: encoding, sampling,
           losses forward and backward, AdamW; plain: every part once per answer (model.stages.plain_grpo)
 memory    peak resident memory of scoring beyond that of the loaded model, each path in a process of its own
 
-Beside each figure stands what it is to reach: for scoring the limit of token counts, G (P + C) / (P + G C). Loss and
+Beside scoring stand the limit of token counts, G (P + C) / (P + G C), and the package prefix-grouper, if it is there. Loss and
 gradients of the two are compared, and the samples at an equal seed, which warms both up; then they are timed in turns
 and medians are printed. On a busy machine, --clock cpu with one thread counts processor time.
 """
@@ -24,18 +24,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM
+
+try:
+    import prefix_grouper  # a peer, for this comparison alone: pip install --no-deps prefix-grouper
+except ImportError:
+    prefix_grouper = None
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.aurora.generation import generate  # noqa: E402 - the repository root must be on the path first
-from model.aurora.group import shared_prompt_states  # noqa: E402
+from model.aurora.shared_prompt import ATTENTION, score_answers  # noqa: E402
 from model.objectives.policy import token_log_probs  # noqa: E402
 from model.stages.bench_grpo import StepCase  # noqa: E402
 from utils.types import MediaFeatures  # noqa: E402
@@ -55,7 +62,7 @@ def sizes(arguments: argparse.Namespace) -> dict[str, int]:
 def build(arguments: argparse.Namespace) -> Qwen2ForCausalLM:
     """A random Qwen2 of the asked size."""
     torch.manual_seed(0)
-    config = Qwen2Config(**sizes(arguments), tie_word_embeddings=False, attn_implementation="sdpa")
+    config = Qwen2Config(**sizes(arguments), tie_word_embeddings=False, attn_implementation=ATTENTION)
     config.bos_token_id = config.eos_token_id = config.pad_token_id = None
     return Qwen2ForCausalLM(config).eval()
 
@@ -65,7 +72,10 @@ class Case:
 
     def __init__(self, model: Qwen2ForCausalLM, prompt: int, group: int, new_tokens: int) -> None:
         self.model, self.group = model, group
+        self.last = torch.zeros(1, dtype=torch.long)
+        """The prompt's last token, which is text."""
         self.prompt = torch.randn(1, prompt, model.config.hidden_size) * 0.02
+        self.prompt[:, -1] = model.model.embed_tokens(self.last).detach()
         self.answers = torch.randint(0, model.config.vocab_size, (group, new_tokens))
         self.weights = torch.randn(group, 1)
 
@@ -74,8 +84,26 @@ class Case:
         words = self.model.model.embed_tokens(self.answers[:, :-1])
         stream = torch.cat([self.prompt[:, -1:].expand(self.group, -1, -1), words], dim=1)
         known = torch.ones(1, self.prompt.shape[1] - 1, dtype=torch.bool)
-        hidden = shared_prompt_states(self.model.model, self.prompt[:, :-1], known, stream, self.group)
+        hidden = score_answers(self.model.model, self.prompt[:, :-1], known, stream, self.group)
         return self._finish(hidden)
+
+    def prefix_grouper(self) -> Tensor:
+        """The same by the package prefix-grouper, which packs prompt and answers in one row likewise."""
+        words = self.model.model.embed_tokens(self.answers[:, :-1]).flatten(0, 1)[None]
+        prompt, length = self.prompt.shape[1], self.answers.shape[1] - 1
+        grouper = prefix_grouper.PrefixGrouper([[prompt] + [length] * self.group])
+        behind = torch.arange(prompt, prompt + length).repeat(self.group)
+        self.model.set_attn_implementation("prefix_grouper")
+        hidden = self.model.model(
+            inputs_embeds=torch.cat([self.prompt, words], 1),
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),  # 4-D: handed down, and not read
+            position_ids=torch.cat([torch.arange(prompt), behind])[None],
+            use_cache=False,
+            grouper=grouper,
+        ).last_hidden_state
+        self.model.set_attn_implementation(ATTENTION)
+        last = hidden[:, prompt - 1 : prompt].expand(self.group, -1, -1)
+        return self._finish(torch.cat([last, hidden[0, prompt:].unflatten(0, (self.group, length))], 1))
 
     def plain(self) -> Tensor:
         """The same from G copies."""
@@ -98,7 +126,11 @@ class Case:
         """[G,C] drawn by the project's own loop."""
         torch.manual_seed(seed)
         drawn = generate(
-            *(_WordsAlone(self.model, self.prompt), None, MediaFeatures(None, None), _NoStop(), self.answers.shape[1]),
+            _WordsAlone(self.model, self.prompt[:, :-1]),
+            SimpleNamespace(prompts=[self.last]),
+            MediaFeatures(None, None),
+            _NoStop(),
+            self.answers.shape[1],
             group=self.group,
             temperature=1.0,
         )
@@ -114,6 +146,29 @@ class Case:
         )  # fmt: skip
 
 
+def prefix_grouper_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, grouper: Any, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """The package's layout, with torch's attention on a CPU (it is written for FlashAttention's)."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, _: Tensor) -> Tensor:
+        new, total = query.shape[2], key.shape[2]
+        # No row is padded here, so the causal mask is all that there is.
+        seen = None if new == total else _seen(new, total)
+        found = scaled_dot_product_attention(
+            query, key, value, attn_mask=seen, is_causal=seen is None, scale=scaling, enable_gqa=True
+        )
+        return found.transpose(1, 2)
+
+    return grouper.forward(attend, query, key, value), None
+
+
+@cache
+def _seen(new: int, total: int) -> Tensor:
+    """bool [new,total]: the last `new` of `total` positions see themselves and all before them."""
+    return torch.ones(new, total, dtype=torch.bool).tril(total - new)
+
+
 class _NoStop:
     def convert_tokens_to_ids(self, tokens: str) -> int:
         return -1
@@ -125,7 +180,7 @@ class _NoStop:
 class _WordsAlone(nn.Module):
     """As much of the joint model as sampling reads, with a prompt that is embedded already."""
 
-    seg_token_id = -1
+    seg_token_id, device = -1, torch.device("cpu")
 
     def __init__(self, language_model: Qwen2ForCausalLM, prompt: Tensor) -> None:
         super().__init__()
@@ -134,8 +189,8 @@ class _WordsAlone(nn.Module):
         self.backbone.language_model = language_model
         self.backbone.embed = lambda packed, media: prompt
 
-    def pack(self, *_: Any, **__: Any) -> SimpleNamespace:
-        return SimpleNamespace(attention_mask=torch.ones(self.prompt.shape[:2], dtype=torch.bool))
+    def pack_without_last_token(self, batch: Any) -> SimpleNamespace:
+        return SimpleNamespace(attention_mask=torch.ones(1, self.prompt.shape[1], dtype=torch.bool))
 
 
 def timed(paths: dict[str, Callable[[], Tensor]], repeats: int, clock: str) -> dict[str, float]:
@@ -164,7 +219,13 @@ def measure(arguments: argparse.Namespace, prompt: int, group: int, threads: int
         row["loss_apart"] = float((loss - plain_loss).abs() / plain_loss.abs())
         row["gradients_apart"] = float((ours - plain).norm() / plain.norm())
         del ours, plain
-        row["scoring"] = timed({"fast": case.fast, "plain": case.plain}, repeats, clock)
+        paths = {"fast": case.fast, "plain": case.plain}
+        if prefix_grouper is not None:
+            AttentionInterface.register("prefix_grouper", prefix_grouper_attention)
+            peer_loss = case.prefix_grouper()
+            row["peer_apart"] = float((peer_loss - plain_loss).abs() / plain_loss.abs())
+            paths["peer"] = case.prefix_grouper
+        row["scoring"] = timed(paths, repeats, clock)
         yield row
     if "sampling" in arguments.parts:
         row["same_samples"] = bool(torch.equal(case.sample(), case.sample_plain()))
@@ -214,7 +275,9 @@ def describe(row: dict[str, Any]) -> str:
     text = f"{case}  {name:<9} fast {fast:8.2f} {unit}   plain {plain:8.2f} {unit}   {plain / fast:.2f}x"
     if name == "scoring":
         apart = f"loss {row['loss_apart']:.1e}, gradients {row['gradients_apart']:.1e} relative"
-        return f"{text}   limit {row['limit']:.2f}x, wanted {0.9 * row['limit']:.2f}x   apart: {apart}"
+        if "peer" in row["scoring"]:
+            text += f"   prefix-grouper {plain / row['scoring']['peer']:.2f}x"
+        return f"{text}   limit {row['limit']:.2f}x   apart: {apart}"
     wanted = WANTED[name].get(row["group"]) if isinstance(WANTED[name], dict) else WANTED[name]
     if wanted is not None:
         text += f"   wanted {wanted:.1f}x"

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from model.aurora.generation import Sampling, generate, sampling_log_probs
 from model.aurora.inference import predict
 from model.aurora.model import EMPTY_LOGIT, AuroraModel
-from model.aurora.shared_cache import apply_linear
 from tests.aurora_cases import (
     BASE,
     LORA,
@@ -118,35 +117,6 @@ def test_a_group_shares_its_prompt(model: AuroraModel) -> None:
     first, again, other = ([row.tolist() for row in rows] for rows in sampled)
     assert first == again != other
     assert len({tuple(row) for row in first[:4]}) == 4
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
-def test_a_few_rows_meet_the_same_weight(rows: int, bias: bool) -> None:
-    torch.manual_seed(rows)
-    linear, hidden = torch.nn.Linear(48, 20, bias=bias), torch.randn(rows, 48)
-    naive = torch.stack([linear.weight @ row + (linear.bias if bias else 0) for row in hidden])
-    torch.testing.assert_close(apply_linear(linear, hidden), naive, rtol=1e-5, atol=1e-6)
-
-
-def test_an_adapter_is_not_passed_over() -> None:
-    class Doubled(torch.nn.Linear):
-        def forward(self, rows: Tensor) -> Tensor:
-            return 2 * super().forward(rows)
-
-    linear, hidden = Doubled(8, 4), torch.randn(3, 8)
-    assert torch.equal(apply_linear(linear, hidden), linear(hidden))
-
-
-def test_a_partitioned_weight_is_read_by_its_module_alone() -> None:
-    """ZeRO-3 may have begun to gather it: it has its shape then, but not yet its values."""
-    linear, calls = torch.nn.Linear(8, 4), []
-    linear.register_forward_pre_hook(lambda *_: calls.append(1))
-    apply_linear(linear, torch.randn(3, 8))
-    assert calls == []
-    linear.weight.ds_id = 0
-    apply_linear(linear, torch.randn(3, 8))
-    assert calls == [1]
 
 
 def test_captured_seg_state_is_that_of_the_forward(model: AuroraModel, scripted) -> None:  # noqa: ANN001

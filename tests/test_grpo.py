@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from configs.schema import TrainableConfig
-from model.aurora.group import pack_group
 from model.aurora.model import AuroraModel
 from model.objectives import policy
-from model.objectives.policy import token_log_probs
 from model.stages.grpo import GrpoStage, Rollouts
 from model.stages.plain_grpo import PlainEngine, PlainGrpoStage
 from model.videollama2.backbone import VideoLlama2
@@ -100,12 +98,12 @@ def test_train_mode_is_refused(drawn: Generation) -> None:
 def test_groups_that_do_not_fit() -> None:
     model, batch = tiny_model(), two_clips()
     with pytest.raises(ValueError, match="1 answers for 2 prompts"):
-        pack_group(model, batch, [torch.tensor([1])], 2, token_log_probs)
+        model.pack_group(batch, [torch.tensor([1])], 2)
     with pytest.raises(ValueError, match="answer 1 is empty"):
-        pack_group(model, batch, [torch.tensor([1]), torch.tensor([], dtype=torch.long)], 1, token_log_probs)
+        model.pack_group(batch, [torch.tensor([1]), torch.tensor([], dtype=torch.long)], 1)
     ends_in_media = tiny_batch(replace(tiny_sample(0), prompt_ids=torch.tensor([5, -201])))
     with pytest.raises(ValueError, match="must end in a token of text"):
-        pack_group(model, ends_in_media, [torch.tensor([1])], 1, token_log_probs)
+        model.pack_group(ends_in_media, [torch.tensor([1])], 1)
 
 
 def test_each_clip_is_encoded_once_and_lm_head_sees_answers_alone() -> None:
@@ -165,7 +163,7 @@ def test_the_fixtures_right_log_probs_and_not_the_published_ones(
     media = MediaFeatures(
         tiny_backbone.encode_video(tiny_inputs["pixels"][None]), tiny_backbone.encode_audio(tiny_inputs["fbank_short"])
     )
-    packed = pack_group(model, tiny_batch(sample), [answer, answer[:5]], 2, token_log_probs)
+    packed = model.pack_group(tiny_batch(sample), [answer, answer[:5]], 2)
     with torch.no_grad():
         found = model(packed, media).log_probs
     torch.testing.assert_close(found[0], tiny_expected["grpo_logps_correct"], rtol=0, atol=1e-4)

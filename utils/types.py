@@ -14,6 +14,7 @@ Shape letters, used in every docstring of the project:
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -188,6 +189,49 @@ class AuroraOutput:
     """bool [B]"""
     mask_logits: Tensor | None
     """[B,T,h4,w4] SAM's low-resolution mask logits (4 x the embedding grid, still padded); None if not decoded."""
+
+
+@dataclass
+class GroupInputs:
+    """B prompts and the R = B * G answers behind them; row b * G + g is answer g of prompt b."""
+
+    prompts: PackedInputs
+    """B rows without their last token, right padded."""
+    token_ids: Tensor
+    """int64 [R,L]: the prompt's last token, then the answer, right padded with 0. The answer's own last token is only
+    there if it is [SEG]: nothing else reads its hidden state."""
+    targets: Tensor
+    """int64 [R,L]: the answer's token that each position predicts, IGNORE elsewhere."""
+    seg_positions: Tensor
+    """int64 [R]: where `token_ids` holds the answer's last [SEG], -1 without one."""
+    group: int
+    temperature: float
+    """The logits are divided by it, as in sampling."""
+
+    @property
+    def has_seg(self) -> Tensor:
+        """bool [R]"""
+        return self.seg_positions >= 0
+
+    @property
+    def mask(self) -> Tensor:
+        """bool [R,L]: positions that predict a token of an answer."""
+        return self.targets != IGNORE
+
+
+class GroupOutput(NamedTuple):
+    """What a pass over R answers gives. A tuple, because DeepSpeed's backward hooks see tensors in tuples alone."""
+
+    log_probs: Tensor
+    """float32 [R,L]: of `GroupInputs.targets`, 0 where there is none."""
+    entropy: Tensor
+    """float32 [R,L]: of the distributions they come from, without gradient, 0 where there is none."""
+    seg_features: Tensor
+    """[R,C] projected hidden state AT the last [SEG]; zeros without one."""
+    has_seg: Tensor
+    """bool [R]"""
+    mask_logits: Tensor | None
+    """[R,T or k,4h,4w] low-resolution mask logits; None without image embeddings."""
 
 
 @dataclass

@@ -1,24 +1,23 @@
 """Answers drawn token by token: prompts prefilled once, their cache shared by a group, [SEG] states kept on the way.
 
-Own loop over the language model with a `SharedCache`, because three things are wanted that `generate` does not give:
-the prompt is prefilled, kept and read once for a whole group (docs/grpo.md has the figures), the hidden state AT [SEG]
-is captured in the step that consumes [SEG] (the published code regenerates the full sequence for it,
-LISA_sft_distill.py:256-282), and dropout and gradient checkpointing are off whatever mode the model is in (published
+A loop of our own, because three things are wanted that transformers' `generate` does not give: the prompt is read and
+kept once for a whole group (`model.aurora.shared_prompt`; docs/grpo.md has the figures), the hidden state AT [SEG] is
+captured in the step that reads [SEG] (the released code regenerates the full sequence for it,
+LISA_sft_distill.py:256-282), and dropout and gradient checkpointing are off whatever mode the model is in (released
 rollouts run in train mode, LISA_grpo.py:436-449).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from model.aurora.model import AuroraModel, evaluating
-from model.aurora.shared_cache import SharedCache, apply_linear
+from model.aurora.shared_prompt import PromptCache
 from utils.guards import check_logits
 from utils.types import Batch, Generation, MediaFeatures
 
@@ -103,7 +102,7 @@ def generate(
         max_new_tokens: longest answer, stop token included.
         group: answers per prompt; row b * group + g is answer g of prompt b.
         temperature, top_p, generator: see `Sampling`.
-        everyone: given whether this process's answers are done, whether those of all processes are. With it every
+        everyone: given whether this process's answers are done, says whether those of all processes are. With it every
             process takes the same number of steps, which partitioned weights (ZeRO-3) need: a process that stopped
             early would leave the others waiting for its part of the next layer.
 
@@ -118,72 +117,54 @@ def generate(
         raise ValueError(f"max_new_tokens {max_new_tokens} and group {group} must be at least 1")
     sampling = Sampling(temperature, top_p, generator)
     with evaluating(model):
-        return _Rollout(model, batch, media, group, max_new_tokens).run(tokenizer, max_new_tokens, sampling, everyone)
+        return _draw_answers(model, batch, media, tokenizer, max_new_tokens, group, sampling, everyone)
 
 
-class _Rollout:
-    """The prefilled prompts and the state of the R = B * group answers that grow behind them."""
-
-    def __init__(self, model: AuroraModel, batch: Batch, media: MediaFeatures, group: int, longest: int) -> None:
-        self.model = model
-        self.language_model = model.backbone.language_model
-        # Left padding, so that every prompt ends in the last column.
-        packed = model.pack(batch, None, padding_side="left")
-        cache = DynamicCache(config=self.language_model.config)
-        positions = (packed.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        prefilled = self.language_model.model(
-            inputs_embeds=model.backbone.embed(packed, media),
-            attention_mask=packed.attention_mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        self.cache = SharedCache(self.language_model.model, cache, packed.attention_mask, group, longest)
-        self.next_position = positions[:, -1].repeat_interleave(group, 0) + 1
-        self.hidden = prefilled.last_hidden_state[:, -1].repeat_interleave(group, 0)
-        """[R,D] state that predicts the next token"""
-
-    def run(
-        self,
-        tokenizer: Tokenizer,
-        max_new_tokens: int,
-        sampling: Sampling,
-        everyone: Callable[[bool], bool] | None,
-    ) -> Generation:
-        stop = tokenizer.convert_tokens_to_ids(STOP_TOKEN)
-        rows = len(self.hidden)
-        finished = torch.zeros(rows, dtype=torch.bool, device=self.hidden.device)
-        has_seg, lengths = finished.clone(), torch.zeros_like(finished, dtype=torch.long)
-        seg_hidden = torch.zeros_like(self.hidden)
-        tokens, scores = [], []
-        for step in range(max_new_tokens):
-            logits = apply_linear(self.language_model.lm_head, self.hidden)
-            check_logits(logits)
-            log_probs = sampling_log_probs(logits, sampling.temperature, sampling.top_p)
-            drawn = sampling.draw(log_probs)
-            tokens.append(drawn)
-            scores.append(log_probs.gather(-1, drawn[:, None])[:, 0])
-            lengths += ~finished
-            at_seg = (drawn == self.model.seg_token_id) & ~finished
-            finished |= drawn == stop
-            ended = bool(finished.all()) or step == max_new_tokens - 1
-            if everyone is not None:
-                ended = everyone(ended)
-            elif ended and not bool(at_seg.any()):
-                break
-            # A [SEG] drawn last is consumed too: its hidden state is what prompts SAM.
-            self._append(drawn)
-            seg_hidden = torch.where(at_seg[:, None], self.hidden, seg_hidden)
-            has_seg |= at_seg
-            if ended:
-                break
-        return _collect(tokenizer, stop, torch.stack(tokens, 1), torch.stack(scores, 1), lengths, seg_hidden, has_seg)
-
-    def _append(self, tokens: Tensor) -> None:
-        """Feed one token [R] to each row."""
-        words = self.language_model.get_input_embeddings()(tokens[:, None])[:, 0]
-        self.hidden = self.cache.step(words, self.next_position)
-        self.next_position = self.next_position + 1
+def _draw_answers(
+    model: AuroraModel,
+    batch: Batch,
+    media: MediaFeatures,
+    tokenizer: Tokenizer,
+    max_new_tokens: int,
+    group: int,
+    sampling: Sampling,
+    everyone: Callable[[bool], bool] | None,
+) -> Generation:
+    """The loop: read one token of every answer, keep the state at [SEG], draw the next."""
+    language_model, stop = model.backbone.language_model, tokenizer.convert_tokens_to_ids(STOP_TOKEN)
+    packed = model.pack_without_last_token(batch)
+    embeddings = model.backbone.embed(packed, replace(media, image_embeddings=None))
+    cache = PromptCache(language_model.model, embeddings, packed.attention_mask, group, max_new_tokens + 1)
+    # As in scoring, the prompt's last token is the first of each of its answers' streams.
+    last = torch.stack([prompt[-1] for prompt in batch.prompts]).to(model.device).repeat_interleave(group)
+    drawn = last
+    at_seg = torch.zeros_like(last, dtype=torch.bool)
+    finished, has_seg, lengths = at_seg.clone(), at_seg.clone(), torch.zeros_like(last)
+    seg_hidden, ended = None, False
+    tokens, scores = [], []
+    while True:
+        hidden = cache.append(language_model.get_input_embeddings()(drawn))
+        # The state AT [SEG] exists once [SEG] has been read. The last of several counts.
+        seg_hidden = torch.zeros_like(hidden) if seg_hidden is None else seg_hidden
+        seg_hidden = torch.where(at_seg[:, None], hidden, seg_hidden)
+        has_seg |= at_seg
+        if ended:
+            break
+        logits = language_model.lm_head(hidden)
+        check_logits(logits)
+        log_probs = sampling_log_probs(logits, sampling.temperature, sampling.top_p)
+        drawn = sampling.draw(log_probs)
+        tokens.append(drawn)
+        scores.append(log_probs.gather(-1, drawn[:, None])[:, 0])
+        lengths += ~finished
+        at_seg = (drawn == model.seg_token_id) & ~finished
+        finished |= drawn == stop
+        ended = bool(finished.all()) or len(tokens) == max_new_tokens
+        if everyone is not None:
+            ended = everyone(ended)
+        elif ended and not bool(at_seg.any()):
+            break  # only a [SEG] drawn last is read once more, for its state
+    return _collect(tokenizer, stop, torch.stack(tokens, 1), torch.stack(scores, 1), lengths, seg_hidden, has_seg)
 
 
 def _collect(

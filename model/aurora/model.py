@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,13 +23,14 @@ from torch import Tensor, nn
 
 from configs.schema import ModelConfig, TrainableConfig
 from model.aurora.features import FeatureCache
-from model.aurora.group import GroupInputs, GroupOutput, group_forward
 from model.aurora.prompter import Prompter
+from model.aurora.shared_prompt import ATTENTION, score_answers
+from model.objectives.policy import token_log_probs
 from model.sam import Segmenter
 from model.videollama2.backbone import VideoLlama2
 from model.videollama2.splice import splice
 from utils.guards import check_logits
-from utils.types import IGNORE, AuroraOutput, Batch, MediaFeatures, PackedInputs
+from utils.types import IGNORE, AuroraOutput, Batch, GroupInputs, GroupOutput, MediaFeatures, PackedInputs
 
 EMPTY_LOGIT = -100.0
 """Mask logit of an answer without [SEG]: a probability of 0 in float32, exact in bfloat16."""
@@ -73,6 +75,7 @@ class AuroraModel(nn.Module):
         rows, width = backbone.language_model.get_input_embeddings().weight.shape
         if not 0 <= seg_token_id < rows:
             raise ValueError(f"[SEG] has id {seg_token_id}, but the embedding matrix has {rows} rows")
+        backbone.language_model.set_attn_implementation(ATTENTION)
         self.backbone = backbone
         self.segmenter = segmenter
         self.seg_token_id = seg_token_id
@@ -148,6 +151,54 @@ class AuroraModel(nn.Module):
         ends = self.prompter.extend(None if answers is None else [a.cpu() for a in answers])
         packed = splice(rows, ends, video, audio, self.seg_token_id, padding_side=padding_side)
         return self.prompter.mark(packed).to(self.device)
+
+    def pack_group(
+        self, batch: Batch, answers: Sequence[Tensor], group: int, temperature: float = 1.0
+    ) -> GroupInputs:
+        """Lay out B prompts and the B * G answers behind them; runs no weight.
+
+        Args:
+            batch: B clips.
+            answers: R x int64 [L], at least one token each, in the order of `Generation`.
+            group: G.
+            temperature: the logits are divided by it, as in sampling.
+
+        Raises:
+            ValueError: another number of answers than B * G, an empty answer, or a prompt that ends in a placeholder.
+        """
+        prompts = [prompt.cpu() for prompt in batch.prompts]
+        if len(answers) != group * len(prompts):
+            raise ValueError(f"{len(answers)} answers for {len(prompts)} prompts in groups of {group}")
+        rows = []
+        for number, answer in enumerate(x.cpu() for x in answers):
+            if not len(answer):
+                raise ValueError(f"answer {number} is empty")
+            at = (answer == self.seg_token_id).nonzero().flatten()
+            seg = int(at[-1]) + 1 if len(at) else -1
+            # The prompt's last token predicts the answer's first, so it is read with the answer: no logit of the
+            # prompt is needed. The answer's last token predicts nothing; it is read only if it is the last [SEG].
+            stream = torch.cat([prompts[number // group][-1:], answer])[: max(len(answer), seg + 1)]
+            rows.append((stream, answer, seg))
+        longest = max(len(stream) for stream, _, _ in rows)
+        token_ids = torch.zeros(len(rows), longest, dtype=torch.long)
+        targets = torch.full_like(token_ids, IGNORE)
+        for number, (stream, answer, _) in enumerate(rows):
+            token_ids[number, : len(stream)] = stream
+            targets[number, : len(answer)] = answer
+        segs = torch.tensor([seg for _, _, seg in rows], device=self.device)
+        packed = self.pack_without_last_token(batch)
+        return GroupInputs(packed, token_ids.to(self.device), targets.to(self.device), segs, group, temperature)
+
+    def pack_without_last_token(self, batch: Batch) -> PackedInputs:
+        """Prompts [B,P] whose last token is left to be read with each of the answers behind them.
+
+        Raises:
+            ValueError: a prompt ends in a placeholder, or has one token alone.
+        """
+        for number, prompt in enumerate(batch.prompts):
+            if len(prompt) < 2 or prompt[-1] < 0:
+                raise ValueError(f"prompt {number} must end in a token of text behind at least one other")
+        return self.pack(batch, None, [prompt[:-1] for prompt in batch.prompts])
 
     def encode(
         self,
@@ -235,9 +286,9 @@ class AuroraModel(nn.Module):
         """One teacher-forced pass.
 
         Args:
-            packed: positions of B spliced rows; or B prompts with G answers each, see `model.aurora.group`.
+            packed: positions of B spliced rows; or B prompts with G answers each, from `pack_group`.
             media: features of the same B rows; without image embeddings no mask is decoded.
-            frame_index: int64 [B,k] frames whose masks are decoded; None = all T.
+            frame_index: int64 [B,k] frames whose masks are decoded ([R,k] for groups); None = all T.
 
         Returns:
             AuroraOutput; `mask_logits` is [B,k,4h,4w] in SAM's padded square. GroupOutput for groups.
@@ -246,7 +297,7 @@ class AuroraModel(nn.Module):
             NonFiniteError: the weights are float16 and the logits overflow.
         """
         if isinstance(packed, GroupInputs):
-            return group_forward(self, packed, media, frame_index)
+            return self._forward_group(packed, media, frame_index)
         hidden = self.hidden_states(packed, media)
         # Only positions that predict a labelled token reach lm_head: [A,V] instead of [B,S,V] (2,400 x 152,064 a row).
         labels = packed.labels[:, 1:]
@@ -262,6 +313,37 @@ class AuroraModel(nn.Module):
             seg_features=seg_features,
             has_seg=packed.has_seg,
             mask_logits=self.decode_masks(seg_features, packed.has_seg, media.image_embeddings, frame_index),
+        )
+
+    def _forward_group(self, packed: GroupInputs, media: MediaFeatures, frame_index: Tensor | None) -> GroupOutput:
+        """Log-probabilities, [SEG] features and masks of R answers, each prompt and clip read once."""
+        language_model = self.backbone.language_model
+        hidden = score_answers(
+            language_model.model,
+            self.backbone.embed(packed.prompts, replace(media, image_embeddings=None)),
+            packed.prompts.attention_mask,
+            language_model.get_input_embeddings()(packed.token_ids),
+            packed.group,
+        )
+        mask = packed.mask
+        # Inside the forward, since ZeRO-3 gathers lm_head for as long as this call lasts.
+        log_probs, entropy = token_log_probs(
+            language_model.lm_head, hidden[mask], packed.targets[mask], packed.temperature
+        )
+        places = torch.zeros_like(packed.targets, dtype=log_probs.dtype)
+        rows = torch.arange(len(hidden), device=hidden.device)
+        at_seg = hidden[rows, packed.seg_positions.clamp(min=0)]
+        seg_features = self.project(at_seg).masked_fill(~packed.has_seg[:, None], 0)
+        images = media.image_embeddings
+        if images is not None:
+            clips = rows // packed.group
+            images = images[clips] if frame_index is None else images[clips[:, None], frame_index]
+        return GroupOutput(
+            log_probs=places.masked_scatter(mask, log_probs),
+            entropy=places.masked_scatter(mask, entropy),
+            seg_features=seg_features,
+            has_seg=packed.has_seg,
+            mask_logits=self.decode_masks(seg_features, packed.has_seg, images),
         )
 
     def hidden_states(self, packed: PackedInputs, media: MediaFeatures) -> Tensor:

@@ -4,7 +4,7 @@ Towers, language model, mask decoder and losses are run forward and backward wit
 (utils/live_memory.py). Only the lines between them are written again here, because a mask of positions cannot be
 evaluated without values: the L answer tokens of a row are taken to be its last ones.
 
-GRPO is measured as it runs: the prompt read once for a group (`group.shared_prompt_states`), logits in chunks.
+GRPO is measured as it runs: the prompt read once for a group (`shared_prompt.score_answers`), logits in chunks.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from configs.schema import RunConfig
-from model.aurora.group import shared_prompt_states
 from model.aurora.meta import build_meta_model
 from model.aurora.model import AuroraModel
+from model.aurora.shared_prompt import score_answers
 from model.aurora.trained import trained_names
 from model.objectives.mask import loss_shape, mask_losses, shrink_target
 from model.objectives.policy import token_log_probs
@@ -135,7 +135,7 @@ def _rollout(model: AuroraModel, work: Workload, sampled: bool) -> Phase:
             kept.append(_upscaled(model, low[0], work))
         return kept
 
-    tokens = _media_tokens(model, work) + work.prompt_tokens + work.group * work.answer_tokens  # aurora/shared_cache.py
+    tokens = _media_tokens(model, work) + work.prompt_tokens + work.group * work.answer_tokens  # aurora/shared_prompt.py
     per_token = 2 * language.num_hidden_layers * language.num_key_value_heads * element
     head = language.hidden_size // language.num_attention_heads
     found = _tracked("rollout" if sampled else "answer and masks", model, prefill)
@@ -191,7 +191,7 @@ def _read_group(model: AuroraModel, media: MediaFeatures, work: Workload) -> tup
     packed = _packed(model, work.clips, media, work.prompt_tokens, 0)
     prompt = model.backbone.embed(packed, media)
     answers = decoder.embed_tokens(_integers(work.clips * work.group, work.answer_tokens))
-    hidden = shared_prompt_states(decoder, prompt, packed.attention_mask, answers, work.group)
+    hidden = score_answers(decoder, prompt, packed.attention_mask, answers, work.group)
     return hidden.flatten(0, 1), hidden[:, -1]
 
 

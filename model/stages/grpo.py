@@ -7,7 +7,7 @@
 | eq. 5: log-probabilities of the answers | gathered at positions of the sequence without media (LISA_grpo.py:252-263) | at the answers' positions, checked against step-by-step decoding | the published gradient is that of other tokens |
 | beta = 0 | beta .04 set and unused | 0: no reference exists; above: k3 against the stage's start | a second set of trained tensors, not a second model |
 | eq. 8: + BCE + Dice | 2 BCE + 0.5 Dice of every answer, of those without [SEG] at an arbitrary position (LISA_grpo.py:499-505) | `grpo.mask_loss_on`; never without [SEG] | such an answer asks for no mask |
-| - | rollouts with dropout, clips encoded once per answer | eval mode throughout, clips encoded once, prompt read once per group | the first ratio is exactly 1; `model.aurora.group` |
+| - | rollouts with dropout, clips encoded once per answer | eval mode throughout, clips encoded once, prompt read once per group | the first ratio is exactly 1; `model.aurora.shared_prompt` |
 | - | top_p .9 in sampling, not in scoring | the same: old and new are both scored without the cut | a ratio of two cut distributions may be 0 / 0 |
 
 The old log-probabilities are those of the first scoring pass after sampling: the weights have not moved yet, so that
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ from transformers import PreTrainedTokenizerBase
 from configs.schema import RunConfig
 from model.aurora.features import FeatureCache
 from model.aurora.generation import generate
-from model.aurora.group import GroupInputs, GroupOutput, pack_group
 from model.aurora.model import AuroraModel
 from model.objectives.policy import (
     GroupAdvantages,
@@ -38,14 +36,13 @@ from model.objectives.policy import (
     group_advantages,
     k3_divergence,
     policy_mean,
-    token_log_probs,
 )
 from model.objectives.rewards import Judged, Rewards, frame_iou, load_rewards, names_class, score
 from model.stages.base import Stage, answer_mask_losses, draw_frames
 from model.stages.samples import Samples
 from utils import distributed
 from utils.errors import ConfigError, Problem
-from utils.types import Batch, Generation, MediaFeatures, StepLoss
+from utils.types import Batch, Generation, GroupInputs, GroupOutput, MediaFeatures, StepLoss
 
 TOWERS = ("backbone.vision_tower.", "backbone.mm_projector.", "backbone.audio_tower.", "backbone.mm_projector_a.")
 
@@ -117,9 +114,7 @@ class GrpoStage(Stage):
         supervised = supervised_answers(g.mask_loss_on, batch, answers, rewards.total, g.group_size)
         if self.config.log.samples_every:
             self._latest = Samples(batch, judged, rewards, advantages.values.cpu(), supervised, low)
-        packed = pack_group(
-            model, batch, answers.token_ids, g.group_size, partial(token_log_probs, temperature=g.temperature)
-        )
+        packed = model.pack_group(batch, answers.token_ids, g.group_size, g.temperature)
         frames = draw_frames(batch, self.config.model.decode_frames_per_step, model.device)
         device = model.device
         return Rollouts(

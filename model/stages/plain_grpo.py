@@ -17,10 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from configs.schema import RunConfig
 from model.aurora.generation import STOP_TOKEN
-from model.aurora.group import GroupInputs, GroupOutput
 from model.aurora.model import AuroraModel
 from model.stages.grpo import GrpoStage, Rollouts
-from utils.types import Batch, Generation, MediaFeatures, StepLoss
+from utils.types import Batch, Generation, GroupInputs, GroupOutput, MediaFeatures, StepLoss
 
 
 class PlainEngine(nn.Module):
@@ -34,7 +33,7 @@ class PlainEngine(nn.Module):
         """Of the rollouts that are scored; to be set before each call."""
 
     def forward(self, packed: GroupInputs, media: MediaFeatures, frame_index: Tensor | None) -> GroupOutput:
-        """As `group_forward`; of `packed`, only the layout of the answers is read."""
+        """As `AuroraModel.forward`; of `packed`, only the layout of the answers is read."""
         prompts = [p for p in self.batch.prompts for _ in range(packed.group)]
         copies = self.module.pack(self.batch, self.answers, prompts)
         output = self.module(copies, media.repeat(packed.group), frame_index)
