@@ -9,9 +9,9 @@ step      a whole step with towers and SAM of the mini base: encoding, sampling,
           losses forward and backward, AdamW; plain: every part once per answer (model.stages.plain_grpo)
 memory    peak resident memory of scoring beyond that of the loaded model, each path in a process of its own
 
-Beside scoring stand the limit of token counts, G (P + C) / (P + G C), and the package prefix-grouper, if it is there. Loss and
-gradients of the two are compared, and the samples at an equal seed, which warms both up; then they are timed in turns
-and medians are printed. On a busy machine, --clock cpu with one thread counts processor time.
+Beside scoring stand the limit of token counts, G (P + C) / (P + G C), and the package prefix-grouper, if it is there.
+Loss and gradients are compared, and the samples at an equal seed, which warms all up; then they are timed in turns and
+medians are printed. On a busy machine, --clock cpu with one thread counts processor time.
 """
 
 from __future__ import annotations

@@ -190,7 +190,7 @@ class PromptCache:
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, **options: object
     ) -> Tensor:
-        """The prompt, the first time a layer calls: [B,h,P,d] -> [B,P,h,d]; then a token each: [B,h,G,d] -> [B,G,h,d]"""
+        """First the prompt, [B,h,P,d] -> [B,P,h,d]; then a token of each answer, [B,h,G,d] -> [B,G,h,d]."""
         layer = module.layer_idx
         if layer not in self.prompts:
             self.prompts[layer] = key, value

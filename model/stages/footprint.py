@@ -135,7 +135,7 @@ def _rollout(model: AuroraModel, work: Workload, sampled: bool) -> Phase:
             kept.append(_upscaled(model, low[0], work))
         return kept
 
-    tokens = _media_tokens(model, work) + work.prompt_tokens + work.group * work.answer_tokens  # aurora/shared_prompt.py
+    tokens = _media_tokens(model, work) + work.prompt_tokens + work.group * work.answer_tokens  # PromptCache
     per_token = 2 * language.num_hidden_layers * language.num_key_value_heads * element
     head = language.hidden_size // language.num_attention_heads
     found = _tracked("rollout" if sampled else "answer and masks", model, prefill)
