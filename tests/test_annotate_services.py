@@ -181,6 +181,7 @@ def test_killed_at_any_moment(world: Path, tmp_path: Path) -> None:
     assert sorted(written) == list(range(ROWS))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("backend", ["openai", "gemini"])
 def test_the_writer_uses_the_same_services(backend: str, world: Path, tmp_path: Path) -> None:
     out = tmp_path / "cot.jsonl"

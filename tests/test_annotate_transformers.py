@@ -14,6 +14,7 @@ from tests.omni_case import write_tiny_omni
 from utils.errors import WeightsError
 
 
+@pytest.mark.smoke
 def test_a_random_omni_answers_in_batches(tmp_path: Path) -> None:
     """Each request alone gets the answer that it gets in a padded batch (greedy)."""
     world = write_world(tmp_path / "w", [("c_0_10000", "c_0_10000_dog_1", "train", 0, "x")], size=(56, 56), seconds=1.0)

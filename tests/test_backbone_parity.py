@@ -51,6 +51,7 @@ def av(tiny_backbone: VideoLlama2, tiny_inputs: dict) -> tuple[PackedInputs, Med
     return packed, media, forward(tiny_backbone, packed, media)
 
 
+@pytest.mark.smoke
 def test_video_with_sound(av: tuple, tiny_expected: dict) -> None:
     packed, _, out = av
     assert torch.equal(packed.attention_mask, tiny_expected["av_attention_mask"])
@@ -118,6 +119,7 @@ def test_frames_alone(tiny_backbone: VideoLlama2, tiny_inputs: dict, tiny_expect
         close(out[name], tiny_expected[f"video_{name}"], tolerance)
 
 
+@pytest.mark.smoke
 def test_gradients(av: tuple, tiny_backbone: VideoLlama2, tiny_folder: Path, tiny_expected: dict) -> None:
     """Through loss, language model, splice, projectors and towers; audio carries the decay of .6 per layer."""
     with np.load(tiny_folder / "expected.npz") as file:
@@ -147,6 +149,7 @@ def test_answer_log_probs_need_the_spliced_positions(av: tuple, tiny_inputs: dic
 
 
 @torch.no_grad()
+@pytest.mark.smoke
 def test_greedy_generation_with_a_cache(av: tuple, tiny_backbone: VideoLlama2, tiny_folder: Path) -> None:
     with np.load(tiny_folder / "generate.npz") as file:
         prompt, wanted = torch.from_numpy(file["prompt_ids"])[0], file["greedy_ids"][0].tolist()

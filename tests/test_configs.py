@@ -33,6 +33,7 @@ def refusal(path: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT / "configs")))
 def test_shipped_file_loads_and_comes_back(path: Path, tmp_path: Path) -> None:
     config = load_config(path)
@@ -86,6 +87,7 @@ def test_every_field_is_read_by_the_code() -> None:
     assert not unused
 
 
+@pytest.mark.smoke
 def test_all_problems_at_once(tmp_path: Path) -> None:
     path = write(
         tmp_path / "bad.yaml",

@@ -52,7 +52,7 @@ def by_hand(world: int) -> tuple[list[float], list[float], float]:
     return losses, [v for p in (*bodies, *heads) for v in p.flatten().tolist()], norms[0]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.smoke)])
 def test_every_combination_equals_plain_adamw(processes: int) -> None:
     found = run_case("train_all", processes=processes)
     losses, weights, norm = by_hand(processes)

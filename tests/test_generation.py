@@ -63,6 +63,7 @@ def run(model: AuroraModel, batch: Batch, length: int = 6, **settings: object) -
     return generate(model, batch, model.encode(batch), TOKENIZER, length, **settings)
 
 
+@pytest.mark.smoke
 def test_greedy_equals_the_published_continuation(model: AuroraModel) -> None:
     """Fixture generate.npz: 10 frames and 2 s of sound, 16 tokens."""
     with np.load(BASE / "generate.npz") as wanted, np.load(BASE / "inputs.npz") as inputs:

@@ -139,6 +139,7 @@ def test_bilevel_and_rgb_masks_are_read(masks: Path) -> None:
     np.testing.assert_array_equal(media.read_masks(masks, 12, (48, 64)), expected)
 
 
+@pytest.mark.smoke
 def test_audio_is_the_mean_of_channels_at_16_khz(tmp_path: Path) -> None:
     time = np.arange(48_000) / 48_000
     left, right = np.sin(2 * np.pi * 440 * time), np.zeros_like(time)
@@ -182,6 +183,7 @@ def _write_video(path: Path, frames: int, rate: float) -> None:
     writer.release()
 
 
+@pytest.mark.smoke
 def test_video_frames_at_one_per_second(tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     _write_video(path, 35, 10)

@@ -19,6 +19,7 @@ def write_run(folder: Path, **scalars: float) -> Path:
     return folder
 
 
+@pytest.mark.smoke
 def test_figures_of_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = write_run(tmp_path / "a", reward_all=0.1, reward_class=0.2, reward_iou=0.3, group_std=0.0, entropy=1.0)
     second = write_run(tmp_path / "b", reward_all=0.2)

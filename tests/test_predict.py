@@ -48,6 +48,7 @@ def write_video(path, codec="libx264", sound="aac", seconds=2.0, rate=10, size=(
     return path
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", KINDS)
 def test_frames_and_sound_of_a_video(tmp_path, name):
     path = write_video(tmp_path / name, *KINDS[name])
@@ -93,6 +94,7 @@ def test_a_codec_without_a_decoder_is_named(tmp_path, monkeypatch):
     assert probe(path).audio == "aac"
 
 
+@pytest.mark.smoke
 def test_a_movie_is_what_was_written(tmp_path):
     frames = np.zeros((5, 33, 47, 3), np.uint8)
     frames[..., 0] = (np.arange(5) * 50)[:, None, None]

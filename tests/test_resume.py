@@ -151,6 +151,7 @@ def test_a_lost_decoding_process_is_named(tiny: Path, tmp_path: Path) -> None:
     assert "error: a decoding process was lost" in log and "Remedy: lower data.num_workers" in log
 
 
+@pytest.mark.smoke
 def test_what_a_run_leaves(tiny: Path) -> None:
     run = tiny.parent / "run"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

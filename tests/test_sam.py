@@ -130,6 +130,7 @@ def test_position_tables_are_resampled_as_published(inputs, expected) -> None:
     torch.testing.assert_close(relative, expected["rel_pos_27"], atol=1e-6, rtol=0)
 
 
+@pytest.mark.smoke
 def test_decode_equals_the_stock_decoder_frame_by_frame() -> None:
     segmenter = tiny().eval()
     torch.manual_seed(1)
@@ -176,6 +177,7 @@ def test_upscale_equals_postprocess_masks() -> None:
     assert segmenter.upscale(logits.bfloat16(), (20, 32), (45, 71)).dtype == torch.float32
 
 
+@pytest.mark.smoke
 def test_encode_is_chunked_frozen_and_of_the_stock_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     segmenter = tiny()
     pixels = torch.randn(2, 3, 3, 32, 32)

@@ -39,6 +39,7 @@ def test_vision_tower(tiny_backbone: VideoLlama2, tiny_inputs: dict, tiny_expect
     close(tiny_backbone.vision_tower(tiny_inputs["pixels"]), tiny_expected["vision_features"])
 
 
+@pytest.mark.smoke
 def test_vision_tower_equals_hidden_states_of_the_whole_model() -> None:
     torch.manual_seed(0)
     for select in (-1, -2, 1, 0):

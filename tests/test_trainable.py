@@ -22,6 +22,7 @@ from tests.aurora_cases import (
 from utils.errors import ConfigError
 
 
+@pytest.mark.smoke
 def test_published_set_of_adapters() -> None:
     """q_proj and v_proj of LM (2 layers), BEATs (2) and the mask decoder (7 attentions); not the vision tower's."""
     model = tiny_model(LORA)
@@ -52,6 +53,7 @@ def test_frozen_parts_have_no_gradient_and_stay_in_eval_mode(trainable: Trainabl
     assert all(re.search(idle, name) for name in trained - moved), sorted(trained - moved)
 
 
+@pytest.mark.smoke
 def test_new_adapters_change_nothing() -> None:
     batch = three_clips()
     base, adapted = tiny_model().eval(), tiny_model(LORA).eval()
@@ -121,6 +123,7 @@ def test_evaluating_restores_the_mode() -> None:
     assert model.training and model.backbone.language_model.training and not model.backbone.vision_tower.training
 
 
+@pytest.mark.smoke
 def test_gradient_checkpointing_changes_no_gradient() -> None:
     batch, gradients = three_clips(), []
     settings = LORA.model_copy(update={"lora_dropout": 0.0})
