@@ -154,8 +154,14 @@ class Browser:
         ]  # fmt: skip
         # The pipe's ends must be 3 and 4 there, numbers that are taken here: a second process puts them in place.
         plumbing = [sys.executable, "-c", _PLUMBING, str(read), str(write), program, *flags]
+        # Chromium writes crash reports and sound and desktop settings beside the profile, below these folders.
+        homes = ("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME")
         self._process = subprocess.Popen(
-            plumbing, pass_fds=(read, write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            plumbing,
+            pass_fds=(read, write),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, **dict.fromkeys(homes, self._profile.name)},
         )
         os.close(read)
         os.close(write)

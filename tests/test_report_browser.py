@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
 
+import psutil
 import pytest
 
 from scripts.browser import Browser, find_browser
@@ -38,6 +40,20 @@ def test_a_report_works_in_the_browser(tmp_path):
         browser.settle(0.3)
         assert browser.run("[shown.length, value('run'), value('beside')]") == [1, "sft", "teacher"]
         assert browser.errors == [] and browser.run("window.alerted") is None
+
+
+def test_the_browser_leaves_nothing_behind(tmp_path, monkeypatch):
+    for name in ("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    page = tmp_path / "page.html"
+    page.write_text("<p>text", encoding="utf-8")
+    with Browser() as browser:
+        browser.open(page)
+        children = psutil.Process().children(recursive=True)
+        assert len(children) > 1
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive and list(tmp_path.iterdir()) == [page]
 
 
 def test_thousands_of_clips_open_as_fast_as_a_few(tmp_path):
