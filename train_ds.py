@@ -73,7 +73,7 @@ def run(config: RunConfig, fresh: bool = False) -> None:
     from dataset.build import build_processor, training_batches, training_clips
     from dataset.prompt import load_tokenizer
     from dataset.references import build_prompts
-    from model.aurora.adapters import component_counts, format_counts
+    from model.aurora.adapters import component_counts, format_counts, total_count
     from model.aurora.build import build_model
     from model.aurora.trained import save_trained
     from model.stages.base import build_stage
@@ -97,7 +97,9 @@ def run(config: RunConfig, fresh: bool = False) -> None:
     sizes = model.backbone.config
     processor = build_processor(config, tokenizer, sizes.vision.image_size, sizes.beats.mel_bins)
     clips = training_clips(config, processor, build_prompts(config.model, tokenizer, seg_id))
-    logger.info("%s\n%d rows to train on", format_counts(component_counts(model)), len(clips))
+    counts = component_counts(model)
+    total = total_count(counts)
+    logger.info("%d rows; %s of %s parameters are trained", len(clips), f"{total.trainable:,}", f"{total.total:,}")
 
     engine = build_engine(model, config)
     stage = build_stage(config, engine, tokenizer)
@@ -107,6 +109,7 @@ def run(config: RunConfig, fresh: bool = False) -> None:
     log = RunLog(output, config.log, config.optim.steps, progress.step)
     if distributed.is_main():
         save_config(config, output)
+        checkpoint.write_text(output / "parameters.txt", format_counts(counts) + "\n")
 
     def save_weights(folder: Path) -> None:
         save_trained(model, folder, write=distributed.is_main())
@@ -115,12 +118,12 @@ def run(config: RunConfig, fresh: bool = False) -> None:
 
     for _ in train(engine, stage, loader, config, progress, log, preemption):
         checkpoint.save_checkpoint(engine, config, progress, save_weights)
+    log.close()
     if progress.step < config.optim.steps:
         logger.info("stopped by SIGTERM after step %d; the same command continues", progress.step)
     else:
         save_weights(output / "final")
         logger.info("done: %d steps, weights in %s", progress.step, output / "final")
-    log.close()
     preemption.close()
     engine.destroy()
     distributed.stop()

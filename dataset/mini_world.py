@@ -26,10 +26,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import soundfile
-from tqdm import tqdm
 
 from dataset import mini_language as language
 from dataset import mini_scene as scenes
+from utils.progress import counted
 
 _SPLIT_CODES = {"train": 1, "val": 2, "test_s": 3, "test_u": 4, "test_n": 5}
 _SHARES = {"visual": 1.0, "spatial": 1.2, "audio": 1.2, "temporal": 1.2, "audio_spatial": 1.2}
@@ -90,7 +90,7 @@ def make_mini_world(
     clips = list(plan(settings))
     with ProcessPoolExecutor(workers) as pool:
         done = pool.map(partial(_write_clip, building), clips, chunksize=16)
-        for _ in tqdm(done, total=len(clips), desc="mini world", unit="clip", disable=not progress):
+        for _ in counted(done, len(clips), "mini world", "clips") if progress else done:
             pass
     _write_tables(building, clips, settings)
     (building / "settings.json").write_text(stamp)

@@ -14,17 +14,17 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tqdm import tqdm  # noqa: E402 - the project's root must be on the path first
-
-from configs.schema import DataConfig  # noqa: E402
+from configs.schema import DataConfig  # noqa: E402 - the project's root must be on the path first
 from dataset.doctor import ERROR, KINDS, NOTE, WARNING, Report, check_reasoning, check_table  # noqa: E402
 from dataset.refavs import Split  # noqa: E402
 from utils.errors import AuroraError  # noqa: E402
+from utils.progress import counted  # noqa: E402
 from utils.results import write_json  # noqa: E402
 from utils.tables import format_table  # noqa: E402
 
@@ -74,17 +74,11 @@ def examine(options: argparse.Namespace) -> Report:
 
         began = time.perf_counter()
         limits = Limits(options.max_image_pixels, options.max_audio_seconds)
-        found, checked = check_media(index, limits, options.workers, progress)
+        found, checked = check_media(index, limits, options.workers, partial(counted, name="media", unit="clips"))
         report.findings += found
         report.checked |= checked
         report.seconds["media"] = time.perf_counter() - began
     return report
-
-
-def progress(items: Iterable, total: int) -> Iterable:
-    """A bar on stderr."""
-    slow = 0.5 if sys.stderr.isatty() else 30.0
-    return tqdm(items, total=total, unit="clip", desc="media", mininterval=slow)
 
 
 def show(report: Report, everything: bool) -> None:

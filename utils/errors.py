@@ -6,6 +6,8 @@ import contextlib
 import sys
 from dataclasses import dataclass
 
+from tqdm import tqdm
+
 
 class AuroraError(Exception):
     """Base of all errors that a user can repair; entry points print them without a traceback."""
@@ -65,5 +67,5 @@ def plain(error: AuroraError) -> str:
 
 def tell(text: str) -> None:
     """Print to stderr; where it is a file on a full disk the text is lost, and nothing else happens."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), tqdm.external_write_mode(file=sys.stderr):  # beside a bar, not behind it
         print(text, file=sys.stderr, flush=True)

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from configs.schema import RunConfig
 from utils import distributed
 from utils.config import git_state
 from utils.errors import DataError
+from utils.progress import Progress
 from utils.results import (
     PartWriter,
     describe_files,
@@ -103,12 +102,13 @@ def evaluate_split(
     distributed.barrier()  # nobody appends before everybody has read
     todo = [batch for batch in task.batches() if any(task.rows[i] not in done for i in batch)]
     mine = [i for batch in todo[distributed.rank() :: distributed.world_size()] for i in batch]
-    with PartWriter(parts, distributed.rank()) as writer, _bar(task.split, len(mine)) as bar:
+    progress = Progress(task.split, len(mine), "rows", hidden=not distributed.is_main())
+    with PartWriter(parts, distributed.rank()) as writer, progress:
         for batch in load(mine):
             pairs = zip(batch.samples, predict(batch), strict=True)
             records = [_finish_row(task, sample, prediction, frames_of, faithful) for sample, prediction in pairs]
             writer.append(records)
-            bar.update(len(records))
+            progress.update(len(records))
     distributed.barrier()
     return distributed.from_main(_merge(task, parts) if distributed.is_main() else {})
 
@@ -172,12 +172,6 @@ def _finished(task: SplitTask) -> dict[str, Any] | None:
         return None
     complete = metrics.get("identity") == task.identity and (task.folder / "predictions.jsonl").is_file()
     return metrics["scores"] if complete else None
-
-
-def _bar(split: str, total: int) -> tqdm:
-    slow = 0.5 if sys.stderr.isatty() else 30.0
-    layout = "{desc} {n_fmt}/{total_fmt} |{bar:20}| {elapsed} gone, {remaining} left"
-    return tqdm(total=total, desc=split, mininterval=slow, bar_format=layout, disable=not distributed.is_main())
 
 
 def _finish_row(

@@ -5,30 +5,37 @@ from __future__ import annotations
 import json
 import logging
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from configs.schema import LogConfig
 from utils import distributed
 from utils.checkpoint import write_text
+from utils.errors import tell
+from utils.progress import Progress
 
 
 def setup_logging() -> logging.Logger:
     """Messages of the project on stderr: warnings and worse of every process, the rest of the main one."""
     logger = logging.getLogger("aurora")
     logger.handlers.clear()
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter(f"%(levelname)s [{distributed.rank()}] %(message)s"))
-    logger.addHandler(handler)
+    logger.addHandler(_Handler())
     logger.setLevel(logging.INFO if distributed.is_main() else logging.WARNING)
     logger.propagate = False
     return logger
+
+
+class _Handler(logging.Handler):
+    """Each message on a line of its own, also beside a bar; a warning says so, and of several processes whose it is."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        source = f" [process {distributed.rank()}]" if distributed.world_size() > 1 else ""
+        level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}{source}: "
+        tell(level + self.format(record))
 
 
 def due(every: int, before: int, now: int) -> bool:
@@ -105,22 +112,13 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
             self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done + 1)
-        slow = 0.5 if sys.stderr.isatty() else 30.0
-        self._bar = tqdm(
-            total=steps,
-            initial=done,
-            unit="step",
-            mininterval=slow,
-            dynamic_ncols=True,
-            bar_format="{desc} {n_fmt}/{total_fmt} |{bar:20}| {elapsed} gone, {remaining} left{postfix}",
-            desc=self.folder.name,
-        )
+        self._progress = Progress(self.folder.name, steps, "steps", done)
 
     def advance(self, steps: int = 1) -> None:
         """Count optimiser steps that were done."""
         self._counted += steps
         if self._active:
-            self._bar.update(steps)
+            self._progress.update(steps)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Write one row; seconds per step since the row before are added.
@@ -134,7 +132,7 @@ class RunLog:
             return
         row = {"step": step, **values, "seconds_per_step": round(seconds, 4)}
         _write_row(self._metrics, row)
-        self._bar.set_postfix_str(f"loss {values.get('loss', math.nan):.4f}, {seconds:.2f} s/step", refresh=False)
+        self._progress.note = f"loss {values.get('loss', math.nan):.4f}, {seconds:.2f} s/step"
         if self._board is not None:
             for name, value in row.items():
                 if name != "step":
@@ -150,7 +148,7 @@ class RunLog:
     def close(self) -> None:
         """Write out what is buffered and end the writer's thread."""
         if self._active:
-            self._bar.close()
+            self._progress.close()
             self._metrics.close()
             if self._board is not None:
                 self._board.close()

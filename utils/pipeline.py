@@ -105,7 +105,7 @@ class Pipeline:
             StepError: the command ended with another status than 0, or left no output.
         """
         if self.is_done(step):
-            print(f"== {step.name}: done before in {self.seconds[step.name]:.0f} s", flush=True)
+            say(f"== {step.name}: done before in {self.seconds[step.name]:.0f} s")
             return
         digest = self.hashes[step.name]
         stamps = step.stamps or self.stamps
@@ -114,7 +114,7 @@ class Pipeline:
             shutil.rmtree(self.root / step.folder, ignore_errors=True)
         write_bytes(begun, digest.encode())
         command = self._launched(step)
-        print(f"== {step.name}: {shlex.join(command)}", flush=True)
+        say(f"== {step.name}: {shlex.join(command)}")
         began, start = time.time(), time.monotonic()
         status = self._call(command, stamps / f"{step.name}.log")
         seconds = time.monotonic() - start
@@ -173,8 +173,7 @@ class Pipeline:
                 raise
             finally:
                 if self.quiet:
-                    # On a line of its own: the progress bar of a command beside it may stand there.
-                    print(f"\n{log.read_text(encoding='utf-8', errors='replace')}", end="", flush=True)
+                    say(log.read_text(encoding="utf-8", errors="replace"), end="")
 
     def stop(self) -> None:
         """End the command that is running, if any, and wait for it."""
@@ -212,6 +211,11 @@ def locked(path: Path, patience: float = 20.0) -> Iterator[IO[str]]:
                     ) from None
                 time.sleep(0.5)
         yield file
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print from the start of a line: on a terminal, the progress bar of a command that runs beside may stand there."""
+    print("\r\x1b[K" * sys.stdout.isatty() + text, end=end, flush=True)
 
 
 def _files(root: Path, patterns: Iterable[str]) -> list[Path]:

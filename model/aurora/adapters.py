@@ -97,10 +97,14 @@ def component_counts(model: AuroraModel) -> list[ComponentCount]:
     return counts
 
 
+def total_count(counts: list[ComponentCount]) -> ComponentCount:
+    """Their sum, named total."""
+    return ComponentCount("total", sum(c.trainable for c in counts), sum(c.total for c in counts))
+
+
 def format_counts(counts: list[ComponentCount]) -> str:
     """The counts as aligned lines with a total."""
-    total = ComponentCount("total", sum(c.trainable for c in counts), sum(c.total for c in counts))
-    rows = [*counts, total]
+    rows = [*counts, total_count(counts)]
     width = max(len(c.name) for c in rows)
     return "\n".join(f"{c.name:<{width}}  {c.trainable:>15,} of {c.total:>15,} trained" for c in rows)
 
