@@ -33,7 +33,7 @@ class Stack(nn.Module):
 
 def held(tensors: Iterable[Tensor]) -> int:
     """Bytes of distinct storages."""
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def measure(zero: int, precision: str) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -180,6 +181,27 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     assert grads[0].keys() == grads[1].keys()
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, rtol=1e-5, atol=1e-9)
+
+
+def test_gradient_checkpointing_recomputes_the_layers_and_leaves_the_word_embeddings_alone() -> None:
+    torch.manual_seed(0)
+    model = VideoLlama2(mini_config()).train()
+    language, ids = model.language_model, torch.arange(7)[None]
+    calls, found = [], []
+    language.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    for enabled in (False, True, False):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.set_gradient_checkpointing(enabled)
+        calls.clear()
+        model.zero_grad()
+        language(input_ids=ids, use_cache=False).logits.square().mean().backward()
+        found.append((len(calls), {n: p.grad.clone() for n, p in language.named_parameters()}))
+    assert [count for count, _ in found] == [1, 2, 1]
+    for _, grads in found[1:]:
+        assert all(torch.equal(grads[name], grad) for name, grad in found[0][1].items())
+    model.set_gradient_checkpointing(True)
+    assert not language.requires_grad_(False)(input_ids=ids, use_cache=False).logits.requires_grad
 
 
 def test_training_mode_is_deterministic() -> None:

@@ -283,9 +283,12 @@ def test_rotary_frequencies_stay_float32(tiny_folder: Path) -> None:
     exact = 1 / 1e6 ** (torch.arange(0, 16, 2, dtype=torch.float32) / 16)
     model, _ = load_backbone(tiny_folder)
     for cast in (lambda m: m, lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double().float()):
-        rotary = cast(model).language_model.model.rotary_emb
-        assert rotary.inv_freq.dtype == torch.float32
-        assert torch.equal(rotary.inv_freq, exact)
+        cast(model)
+        positions = torch.tensor([[0, 1, 2047]])
+        cosines, sines = model.language_model.model.rotary_emb(torch.zeros(1, 3, 16, dtype=model.dtype), positions)
+        phases = (positions[..., None] * exact).repeat(1, 1, 2)
+        assert cosines.dtype == model.dtype
+        assert torch.equal(cosines, phases.cos().to(model.dtype)) and torch.equal(sines, phases.sin().to(model.dtype))
     assert model.vision_tower.siglip.embeddings.position_ids.tolist() == [list(range(49))]
 
 

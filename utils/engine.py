@@ -87,7 +87,7 @@ def build_engine(model: nn.Module, config: RunConfig) -> deepspeed.DeepSpeedEngi
 
 
 class _ClipAndMeasure:
-    """Clips the gradient to a norm (0 = not) and leaves the norm before clipping where the engine looks for it.
+    """Clips the gradient to a norm (0 = not) and notes the norm before clipping as `optimizer.gradient_norm`.
 
     A gradient that is not finite is dropped, as ZeRO drops it: the weights stay as they were when it was made.
     """
@@ -97,7 +97,7 @@ class _ClipAndMeasure:
 
     def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        optimizer._global_grad_norm = norm = nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        optimizer.gradient_norm = norm = nn.utils.clip_grad_norm_(parameters, self.clip_norm)
         if not bool(norm.isfinite()):
             for parameter in parameters:
                 parameter.grad = None
@@ -134,4 +134,5 @@ def trainable_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
 
 def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float:
     """Norm of the last optimiser step's gradient before clipping (over all parameters and ranks)."""
-    return float(engine.get_global_grad_norm())
+    norm = engine.get_global_grad_norm()
+    return float(engine.optimizer.gradient_norm if norm is None else norm)  # None: see `_ClipAndMeasure`

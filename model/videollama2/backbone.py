@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from model.videollama2.audio_tower import AudioTower
 from model.videollama2.config import VideoLlama2Config
 from model.videollama2.connector import STCConnector
-from model.videollama2.language_model import build_language_model, reset_rotary
+from model.videollama2.language_model import build_language_model
 from model.videollama2.vision_tower import VisionTower
 from utils.types import MediaFeatures, PackedInputs
 
@@ -97,12 +94,18 @@ class VideoLlama2(nn.Module):
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute the activations of the language model's and of BEATs' layers in backward (training mode only)."""
-        # The public switch of transformers would also hook the word embeddings so that their output always requires
-        # gradients, which non-reentrant checkpointing does not need.
-        self.language_model._set_gradient_checkpointing(enabled, partial(checkpoint, use_reentrant=False))
+        model = self.language_model
+        # transformers 5.24 renamed its switch and warns about the old name; the first argument stayed what it was.
+        kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+        if enabled:
+            getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+            # The switch also hooks the word embeddings so that their output requires gradients, which this form of
+            # checkpointing does not need, and which would record a graph where nothing is trained.
+            model.disable_input_require_grads()
+        else:
+            getattr(model, f"{kind}_checkpointing_disable")()
         self.audio_tower.encoder.gradient_checkpointing = enabled
 
     def reset_buffers(self, device: torch.device | str) -> None:
-        """Compute on `device` what no checkpoint stores (position index, rotary frequencies)."""
+        """Compute on `device` what no checkpoint stores (the position index of SigLIP)."""
         self.vision_tower.reset_buffers(device)
-        reset_rotary(self.language_model, device)

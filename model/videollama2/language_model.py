@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
@@ -14,21 +14,25 @@ from model.videollama2.config import VideoLlama2Config
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
 
 
-class Float32RotaryEmbedding(Qwen2RotaryEmbedding):
-    """Rotary embedding that survives `model.to(torch.bfloat16)`.
+class Float32RotaryEmbedding(nn.Module):
+    """Rotary embedding whose frequencies stay float32 when the model is cast to bfloat16.
 
-    The frequencies are a buffer, so a cast of the module (DeepSpeed's bf16 engine does one) would round them to 8 bits;
-    at position 2000 that turns a phase by radians. They are recomputed after every move or cast.
+    In transformers they are a buffer, so a cast of the module (DeepSpeed's bf16 engine does one) rounds them to 8 bits;
+    at position 2000 that turns a phase by radians. Here they are a plain tensor, which no cast or move of a module
+    reaches.
     """
 
-    def _apply(self, fn, recurse: bool = True) -> nn.Module:  # noqa: ANN001 (torch's own signature)
-        super()._apply(fn, recurse)
-        device = self.inv_freq.device
-        with torch.device("cpu"):
-            exact, _ = self.compute_default_rope_parameters(self.config)
-        self.inv_freq = exact.to(device)
-        self.original_inv_freq = exact.to(device)
-        return self
+    def __init__(self, config: Qwen2Config) -> None:
+        super().__init__()
+        with torch.device("cpu"):  # also where the model around it is made on the meta device
+            self.frequencies, self.scaling = Qwen2RotaryEmbedding.compute_default_rope_parameters(config)
+
+    @torch.no_grad()
+    def forward(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [B,S,d] of the rotation at `position_ids` [B,S], in the type of `hidden`."""
+        phases = position_ids[..., None].float() * self.frequencies.to(hidden.device)
+        phases = torch.cat((phases, phases), dim=-1)
+        return (phases.cos() * self.scaling).to(hidden.dtype), (phases.sin() * self.scaling).to(hidden.dtype)
 
 
 def build_language_model(config: VideoLlama2Config, attention: str = "sdpa") -> Qwen2ForCausalLM:
@@ -49,8 +53,3 @@ def build_language_model(config: VideoLlama2Config, attention: str = "sdpa") -> 
     model = Qwen2ForCausalLM(qwen)
     model.model.rotary_emb = Float32RotaryEmbedding(qwen)
     return model
-
-
-def reset_rotary(model: Qwen2ForCausalLM, device: torch.device | str) -> None:
-    """Give the frequencies, which no checkpoint stores, their values on `device` (after a meta construction)."""
-    model.model.rotary_emb.to_empty(device=device)

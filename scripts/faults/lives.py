@@ -7,7 +7,7 @@ sends SIGTERM to the others and, DEATH_SECONDS later, SIGKILL.
 
 from __future__ import annotations
 
-import atexit
+import multiprocessing
 import os
 import random
 import signal
@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
@@ -67,23 +68,25 @@ def live(main: Callable[[], int], ranks: int, log: Path, work: Callable[[], int]
     """
     least = work()  # before anything of theirs can be there
     port, start = _free_port(), time.monotonic()
-    running = {_fork(main, rank, ranks, port, log): rank for rank in range(ranks)}
+    running = [_start(main, rank, ranks, port, log) for rank in range(ranks)]
     statuses: list[int] = []
     struck = told = ended = first_work = None
     while running:
         now = time.monotonic()
         if kill and struck is None and now - start >= kill.after:
             struck = now
-            for pid in [pid for pid, rank in running.items() if rank in kill.victims]:
-                _kill_tree(pid, whole=len(kill.victims) == ranks)
+            for process in [p for p in running if p.name in map(str, kill.victims)]:
+                _kill_tree(process.pid, whole=len(kill.victims) == ranks)
         if told is not None and now - told > DEATH_SECONDS:
-            for pid in running:
-                os.kill(pid, signal.SIGKILL)
-        statuses += _ended(running)
+            for process in running:
+                process.kill()
+        gone = {p: code for p in running if (code := p.exitcode) is not None}
+        statuses += gone.values()
+        running = [p for p in running if p not in gone]
         if told is None and any(statuses):
             told = now
-            for pid in running:
-                os.kill(pid, signal.SIGTERM)
+            for process in running:
+                process.terminate()
         size = work()
         least = min(least, size)
         if first_work is None and size > least:
@@ -96,41 +99,25 @@ def live(main: Callable[[], int], ranks: int, log: Path, work: Callable[[], int]
     return Life(status, ended - start, ended - struck if partly else None, first_work)
 
 
-def _fork(main: Callable[[], int], rank: int, ranks: int, port: int, log: Path) -> int:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    atexit._clear()  # what the parent has registered is the parent's
-    try:
+def _start(main: Callable[[], int], rank: int, ranks: int, port: int, log: Path) -> BaseProcess:
+    """A forked process, named by its rank, that runs `main` and prints to `log`."""
+
+    def run() -> None:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        status = main()
-    except SystemExit as error:
-        status = error.code if isinstance(error.code, int) else 1
-    except Exception:  # noqa: BLE001 - what the interpreter itself does at the end of a command
-        os.write(2, traceback.format_exc().encode())  # sys.stderr may be another file than the log
-    finally:
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        try:
+            status = main()
+        except Exception:  # noqa: BLE001 - what the interpreter itself does at the end of a command
+            os.write(2, traceback.format_exc().encode())  # sys.stderr may be another file than the log
+            status = 1
+        sys.exit(status)
 
-
-def _ended(running: dict[int, int]) -> list[int]:
-    """Exit statuses (negative for a signal) of those that are gone, which are taken out of `running`."""
-    found = []
-    for pid in list(running):
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            del running[pid]
-            found.append(os.waitstatus_to_exitcode(status))
-    return found
+    process = multiprocessing.get_context("fork").Process(target=run, name=str(rank))
+    process.start()
+    return process
 
 
 def _kill_tree(pid: int, whole: bool) -> None:

@@ -261,5 +261,7 @@ def _point_prompt(segmenter: Segmenter, owner: Tensor, wanted: Tensor) -> tuple[
     weight = target.flatten(1) + 1e-9
     index = torch.multinomial(weight, 1)[:, 0]
     points = torch.stack([index % owner.shape[-1], index // owner.shape[-1]], -1).float()[:, None]
-    labels = torch.ones(len(points), 1, dtype=torch.long)
-    return segmenter.sam.prompt_encoder._embed_points(points, labels, pad=False)[:, 0], target
+    encoder = segmenter.sam.prompt_encoder
+    # As the encoder embeds a point of the foreground (at a pixel's centre), without the empty point that it would add.
+    prompts = encoder.pe_layer.forward_with_coords(points + 0.5, encoder.input_image_size)
+    return prompts[:, 0] + encoder.point_embeddings[1].weight, target
