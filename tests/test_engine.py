@@ -11,21 +11,28 @@ import torch
 
 from configs.schema import OptimConfig
 from tests.engine_cases import COMBINATIONS, Net, config
-from tests.tiny_run import launched, run
+from tests.tiny_run import ROOT, launched, own_noise, run
 from utils.engine import LearningRate, parameter_groups
 from utils.errors import ConfigError
 from utils.seed import seed_everything
 
 
 def run_case(case: str, *arguments: str, processes: int = 1) -> Any:
-    """The JSON line that tests/engine_cases.py prints."""
+    """The JSON line that tests/engine_cases.py prints last."""
     script = str(Path(__file__).parent / "engine_cases.py")
     done = run(launched(script, case, *arguments, processes=processes))
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = done.stdout.strip().splitlines()
-    assert len(lines) == 1, f"noise on stdout:\n{done.stdout}"
-    assert len(done.stderr.splitlines()) < 10, f"noise on stderr:\n{done.stderr}"
-    return json.loads(lines[0])
+    assert not own_noise(done.stdout + done.stderr)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_own_noise_is_told_from_that_of_other_packages() -> None:
+    others = f"/x/torch/distributed/c10d_logger.py:83: FutureWarning: `f` is deprecated.\n  return func(*args)\n" \
+             f"{ROOT}/.venv/lib/torch/a.py:1: UserWarning: old\nan error: none\n"  # fmt: skip
+    assert not own_noise(others)
+    ours = ["Traceback (most recent call last):", "error: no such file", f"{ROOT}/utils/a.py:3: UserWarning: old",
+            "train_ds.py:9: FutureWarning: `f` is deprecated"]  # fmt: skip
+    assert own_noise(others + "\n".join(ours)) == ours
 
 
 def by_hand(world: int) -> tuple[list[float], list[float], float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -88,6 +89,16 @@ def environment() -> dict[str, str]:
     """This process's, without rank variables and with one thread."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     return {**kept, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def own_noise(printed: str) -> list[str]:
+    """Lines of a process's output that our own code is to blame for: a traceback, an error, a warning from our files.
+
+    Other packages may print what they like; a new warning of theirs breaks no test.
+    """
+    ours = rf"({re.escape(str(ROOT))}/)?(configs|dataset|model|scripts|tests|utils|train_ds\w*)(/\S+)?\.py"
+    pattern = re.compile(rf"Traceback \(most recent call last\)|error: |{ours}:\d+: \w*Warning: ")
+    return [line for line in printed.splitlines() if pattern.match(line)]
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
