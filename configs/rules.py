@@ -192,12 +192,6 @@ def _run_rules(c: RunConfig) -> Iterator[BrokenRule]:
         yield BrokenRule(
             ("engine.offload", "engine.zero_stage"), "offloading needs ZeRO", "set zero_stage to 1, 2 or 3"
         )
-    if c.model.attention == "flash_attention_2" and c.engine.precision == "fp32":
-        yield BrokenRule(
-            ("model.attention", "engine.precision"),
-            "flash attention has no fp32 kernel",
-            "set precision to bf16 or attention to sdpa",
-        )
     if c.data.num_frames and c.model.decode_frames_per_step and c.model.decode_frames_per_step > c.data.num_frames:
         yield BrokenRule(
             ("model.decode_frames_per_step", "data.num_frames"),

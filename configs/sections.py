@@ -40,8 +40,11 @@ class ModelConfig(Section):
         "published code train_ds.py:54",
         ge=16,
     )
-    attention: Literal["eager", "sdpa", "flash_attention_2"] = knob(
-        "sdpa", "attention kernel of the language model", "name", "ours: exact and available everywhere"
+    attention: Literal["eager", "sdpa"] = knob(
+        "sdpa",
+        "attention of the towers; the language model uses torch's fused kernels (model.aurora.shared_prompt)",
+        "name",
+        "ours: exact and available everywhere",
     )
     seg_token: str = knob("[SEG]", "token whose hidden state prompts SAM", "text", "paper 3.1", pattern=r"^\S+$")
     prompter: Literal["seg_token", "learnable_tokens", "text_encoder"] = knob(

@@ -147,11 +147,6 @@ RULES = {
     ),
     "endless warm-up": ("teacher.yaml", "optim.warmup_steps=1440", "optim.warmup_steps + optim.steps"),
     "offload without ZeRO": ("teacher.yaml", "engine.zero_stage=0 engine.offload=true", "engine.offload"),
-    "flash attention in fp32": (
-        "teacher.yaml",
-        "model.attention=flash_attention_2 engine.precision=fp32",
-        "model.attention + engine.precision",
-    ),
     "more frames decoded than read": (
         "teacher.yaml",
         "data.num_frames=4 model.decode_frames_per_step=5",

@@ -109,7 +109,7 @@ def from_pretrained(
         folder: written by `save_pretrained`.
         dtype: of all weights; None = as exported.
         device: where they go.
-        attention: "eager", "sdpa" or "flash_attention_2"; None = as the run that was exported.
+        attention: "eager" or "sdpa"; None = as the run that was exported.
         base, sam_checkpoint: of a light export, where they are not in the places that it remembers.
 
     Returns:

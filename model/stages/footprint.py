@@ -48,7 +48,7 @@ def measure(
         ConfigError: see `build_meta_model`.
     """
     work = Workload.of_stage(config) if work is None else work
-    model = build_meta_model(_without_flash(config), sizes) if model is None else model
+    model = build_meta_model(config, sizes) if model is None else model
     element = torch.empty((), dtype=model.backbone.dtype).element_size()
     weights = {
         name: sum(p.numel() for p in model.get_submodule(name).parameters()) * element for name in model.components
@@ -267,10 +267,3 @@ def _teacher_values(model: AuroraModel) -> int:
     """Values of a light checkpoint like this model's: what the teacher keeps beside the student."""
     names = trained_names(model)
     return sum(p.numel() for name, p in model.named_parameters() if name in names)
-
-
-def _without_flash(config: RunConfig) -> RunConfig:
-    """flash_attention_2 needs its package to be built; its memory is that of the fused kernel in sdpa."""
-    if config.model.attention != "flash_attention_2":
-        return config
-    return config.model_copy(update={"model": config.model.model_copy(update={"attention": "sdpa"})})

@@ -21,7 +21,7 @@ class VideoLlama2(nn.Module):
 
     Args:
         config: sizes.
-        attention: "eager", "sdpa" or "flash_attention_2".
+        attention: "eager" or "sdpa".
     """
 
     def __init__(self, config: VideoLlama2Config, attention: str = "sdpa") -> None:

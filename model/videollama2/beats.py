@@ -143,8 +143,7 @@ class BeatsEncoder(nn.Module):
 
     Args:
         config: sizes.
-        attention: "eager" writes the softmax out; any other name uses torch's fused kernels (flash attention proper
-            cannot take an additive bias).
+        attention: "eager" writes the softmax out; "sdpa" uses torch's fused kernels.
     """
 
     def __init__(self, config: BeatsConfig, attention: str = "sdpa") -> None:

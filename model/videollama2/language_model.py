@@ -11,7 +11,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from model.videollama2.config import VideoLlama2Config
 
-ATTENTION = ("eager", "sdpa", "flash_attention_2")
+ATTENTION = ("eager", "sdpa")
 
 
 class Float32RotaryEmbedding(nn.Module):
@@ -40,7 +40,7 @@ def build_language_model(config: VideoLlama2Config, attention: str = "sdpa") -> 
 
     Args:
         config: sizes (`config.language`).
-        attention: one of `ATTENTION`; flash attention needs the flash-attn package, a GPU and half precision.
+        attention: one of `ATTENTION`; `AuroraModel` puts its own in the place.
 
     Raises:
         ValueError: for an unknown attention.

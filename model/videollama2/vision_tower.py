@@ -21,7 +21,7 @@ class VisionTower(nn.Module):
 
     Args:
         config: sizes; `select_layer` chooses the hidden state.
-        attention: "eager", "sdpa" or "flash_attention_2" (as transformers names them).
+        attention: "eager" or "sdpa" (as transformers names them).
     """
 
     def __init__(self, config: VideoLlama2Config, attention: str = "sdpa") -> None:

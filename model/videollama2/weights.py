@@ -62,7 +62,7 @@ def load_backbone(
     Args:
         folder: checkpoint folder.
         dtype: of all weights; None keeps the stored dtypes.
-        attention: "eager", "sdpa" or "flash_attention_2".
+        attention: "eager" or "sdpa".
         device: where the weights go.
 
     Returns:
