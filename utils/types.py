@@ -173,9 +173,12 @@ class PackedInputs:
         return PackedInputs(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
-@dataclass
-class AuroraOutput:
-    """What one forward of the joint model gives. Fields not asked for are None."""
+class AuroraOutput(NamedTuple):
+    """What one forward of the joint model gives. Fields not asked for are None.
+
+    A tuple, because DeepSpeed hooks the tensors of tuples, lists and dicts alone: without its hooks, gradients that are
+    offloaded are accumulated wrongly (tests/test_accumulation.py).
+    """
 
     hidden: Tensor
     """[B,S,D] final-norm hidden states."""
