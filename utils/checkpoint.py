@@ -88,12 +88,12 @@ def save_checkpoint(
             for left in root.glob(f"{_WRITING}*"):  # of attempts that were killed
                 shutil.rmtree(left, ignore_errors=True)
             writing.mkdir(parents=True)
-        distributed.barrier()
+        distributed.barrier("a folder for the checkpoint")
         engine.save_checkpoint(str(writing), tag=_ENGINE, save_latest=False, exclude_frozen_parameters=True)
         if save_weights is not None:
             save_weights(writing)
         torch.save(rng_state(), writing / f"rank_{distributed.rank()}.pt")
-        distributed.barrier()
+        distributed.barrier("saving")
         if distributed.is_main():
             _seal(engine, config, progress, writing, final)
     except (OSError, RuntimeError) as error:
@@ -105,7 +105,7 @@ def save_checkpoint(
             f"{final}: could not be written (process {distributed.rank()}: {error}). Remedy: free space or correct the "
             f"rights of {root}; {again}."
         ) from error
-    distributed.barrier()
+    distributed.barrier("saving")
     return final
 
 
@@ -156,7 +156,7 @@ def find_checkpoint(output_dir: str | Path) -> Path | None:
                 found = folder
                 break
             _log.warning("%s is damaged (%s) and is skipped", folder, fault)
-    return distributed.from_main(found)
+    return distributed.from_main(found, "reading checkpoints")
 
 
 def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> Progress:
@@ -181,7 +181,7 @@ def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> Progress
         load_repartitioned(engine, folder, _ENGINE, written)
     if distributed.rank() < written:  # a process that is new keeps the generators it was seeded with
         set_rng_state(torch.load(folder / f"rank_{distributed.rank()}.pt", weights_only=True))
-    distributed.barrier()
+    distributed.barrier("loading")
     _log.info("continuing at step %d from %s", manifest["step"], folder)
     return Progress(manifest["step"], manifest["samples"])
 
@@ -196,7 +196,7 @@ def checkpoint_to_resume(config: RunConfig) -> Path | None:
     folder = find_checkpoint(config.output_dir)
     if folder is None:
         root = Path(config.output_dir) / FOLDER
-        damaged = distributed.from_main(len(_steps(root)))
+        damaged = distributed.from_main(len(_steps(root)), "reading checkpoints")
         if damaged:
             raise CheckpointError(
                 f"{root}: all {damaged} checkpoints are damaged, see the warnings. Remedy: restore one of them, or "
@@ -254,7 +254,7 @@ def claim(output: Path, patience: float = 20.0) -> IO[str] | None:
             holder.truncate(0)
             holder.write(str(os.getpid()))
             holder.flush()
-    error = distributed.from_main(error)
+    error = distributed.from_main(error, "claiming the folder")
     if error:
         raise CheckpointError(error)
     return holder
@@ -277,7 +277,7 @@ def put_aside(output: Path) -> None:
     if distributed.is_main() and output.exists():
         names = (output.with_name(f"{output.name}.previous-{number}") for number in count(1))
         output.rename(next(name for name in names if not name.exists()))
-    distributed.barrier()
+    distributed.barrier("renaming the earlier run")
 
 
 def write_text(path: Path, text: str) -> None:

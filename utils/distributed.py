@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import socket
 import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -19,7 +23,11 @@ from utils.parent import end_with_launcher
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)
-"""Longest wait for another process (evaluation and saving of a 7B model included)."""
+"""Longest wait inside a step, where all processes do the same work."""
+UNLIMITED = timedelta(days=365)
+"""Of the waits after unequal work (evaluation, mining, saving): gloo has no word for "no limit"."""
+NOTICE = 60.0
+"""Seconds of waiting after which a process says for whom, and again every so often."""
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "remote process",
         "Socket Timeout", "Timed out waiting", "NCCL communicator was aborted", "failed to recv, got 0 bytes",
         "failed to connect")  # fmt: skip
@@ -45,7 +53,53 @@ def start(threads: int | None = None) -> torch.device:
         torch.cuda.set_device(local)
         device = torch.device("cuda", local)
     deepspeed.init_distributed("gloo" if device.type == "cpu" else "nccl", timeout=TIMEOUT, verbose=False)
+    global _patient
+    _patient = _Patient.join() if world_size() > 1 else None
     return device
+
+
+@dataclass
+class _Patient:
+    """Exchanges without a limit of time, which end all the same when a process is lost (its connections close)."""
+
+    group: dist.ProcessGroup
+    arrivals: dist.Store
+    """Number of the last wait that each process has come to, under its rank."""
+    waits: int = 0
+
+    @classmethod
+    def join(cls) -> _Patient:
+        """All processes call it."""
+        server = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), wait_for_workers=False)
+        arrivals = dist.PrefixStore("aurora arrivals", server)
+        arrivals.set(str(rank()), "0")  # torchrun's store outlives an attempt
+        return cls(dist.new_group(backend="gloo", timeout=UNLIMITED), arrivals)
+
+    @contextlib.contextmanager
+    def waiting(self, work: str) -> Iterator[None]:
+        """For one exchange; a thread names those who have not come to it, whatever the main thread is stuck in."""
+        self.waits += 1
+        self.arrivals.set(str(rank()), str(self.waits))
+        done = threading.Event()
+        threading.Thread(target=self._watch, args=(self.waits, work, done), name="waiting", daemon=True).start()
+        try:
+            yield
+        finally:
+            done.set()
+
+    def _watch(self, number: int, work: str, done: threading.Event) -> None:
+        seconds = 0.0
+        while not done.wait(NOTICE):
+            seconds += NOTICE
+            with contextlib.suppress(RuntimeError):  # the store is gone with its process; the exchange says so
+                late = [str(r) for r in range(world_size()) if int(self.arrivals.get(str(r))) < number]
+                if late:
+                    names = ", ".join(late)
+                    _log.warning("process %d has waited %g s for process %s (%s)", rank(), seconds, names, work)
+
+
+_patient: _Patient | None = None
+_log = logging.getLogger("aurora.distributed")
 
 
 def rank() -> int:
@@ -68,18 +122,24 @@ def several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def barrier() -> None:
-    """Wait for all processes."""
-    if world_size() > 1:
-        dist.barrier()
+def barrier(work: str) -> None:
+    """Wait for all processes, without limit, however much longer theirs takes.
+
+    Args:
+        work: what lies behind this process and before those that it waits for ("evaluation"), for the message.
+    """
+    if _patient is not None:
+        with _patient.waiting(work):
+            dist.barrier(_patient.group)
 
 
-def gather(value: T) -> list[T]:
-    """`value` of every process, in order of rank, on every process (small picklable values)."""
-    if world_size() == 1:
+def gather(value: T, work: str = "a step") -> list[T]:
+    """`value` of every process, in order of rank, on every process (small picklable values); waits as `barrier`."""
+    if _patient is None:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    with _patient.waiting(work):
+        dist.all_gather_object(values, value, _patient.group)
     return values
 
 
@@ -92,11 +152,12 @@ def all_true(flag: bool) -> bool:
     return bool(votes)
 
 
-def from_main(value: T) -> T:
-    """The main process's `value` on every process."""
+def from_main(value: T, work: str) -> T:
+    """The main process's `value` on every process; waits as `barrier`."""
     box: list[Any] = [value]
-    if world_size() > 1:
-        dist.broadcast_object_list(box, src=0)
+    if _patient is not None:
+        with _patient.waiting(work):
+            dist.broadcast_object_list(box, src=0, group=_patient.group)
     return box[0]
 
 
@@ -108,7 +169,9 @@ def lost_process(error: BaseException) -> bool:
 def stop() -> None:
     """Leave the process group once every process has come this far, and write out what is buffered."""
     if dist.is_initialized():
-        barrier()
+        barrier("the end of its work")
+        global _patient
+        _patient = None
         dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -92,14 +92,14 @@ def evaluate_split(
     Raises:
         DataError: the parts on disk do not hold every row once all processes are done.
     """
-    finished = distributed.from_main(_finished(task) if distributed.is_main() else None)
+    finished = distributed.from_main(_finished(task) if distributed.is_main() else None, "reading results")
     if finished is not None:
         return finished
     parts = task.folder / f"parts-{task.identity}"
     if distributed.is_main():
         drop_other_parts(task.folder, task.identity)
     done = read_parts(parts)
-    distributed.barrier()  # nobody appends before everybody has read
+    distributed.barrier("reading results")  # nobody appends before everybody has read
     todo = [batch for batch in task.batches() if any(task.rows[i] not in done for i in batch)]
     mine = [i for batch in todo[distributed.rank() :: distributed.world_size()] for i in batch]
     progress = Progress(task.split, len(mine), "rows", hidden=not distributed.is_main())
@@ -109,8 +109,8 @@ def evaluate_split(
             records = [_finish_row(task, sample, prediction, frames_of, faithful) for sample, prediction in pairs]
             writer.append(records)
             progress.update(len(records))
-    distributed.barrier()
-    return distributed.from_main(_merge(task, parts) if distributed.is_main() else {})
+    distributed.barrier(f"evaluation of {task.split}")
+    return distributed.from_main(_merge(task, parts) if distributed.is_main() else {}, f"scores of {task.split}")
 
 
 def evaluation_facts(config: RunConfig, stage: str, checkpoint: Path, table: Path | None = None) -> dict[str, Any]:
