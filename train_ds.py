@@ -113,8 +113,6 @@ def run(config: RunConfig, fresh: bool = False) -> None:
 
     def save_weights(folder: Path) -> None:
         save_trained(model, folder, write=distributed.is_main())
-        if distributed.is_main():
-            save_config(config, folder)
 
     for _ in train(engine, stage, loader, config, progress, log, preemption):
         checkpoint.save_checkpoint(engine, config, progress, save_weights)
@@ -123,6 +121,8 @@ def run(config: RunConfig, fresh: bool = False) -> None:
         logger.info("stopped by SIGTERM after step %d; the same command continues", progress.step)
     else:
         save_weights(output / "final")
+        if distributed.is_main():
+            save_config(config, output / "final")
         logger.info("done: %d steps, weights in %s", progress.step, output / "final")
     preemption.close()
     engine.destroy()
@@ -192,6 +192,7 @@ def train(
         if stopping or due(config.log.save_every, start, progress.step) or progress.step >= steps:
             progress.metrics = recent.take()
             yield
+            stopping = stopping or preemption.agreed()  # asked meanwhile: the same state is not written twice
         if stopping:
             return
 

@@ -12,6 +12,7 @@ import resource
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -223,6 +224,59 @@ def best_and_full(folder: str) -> dict[str, Any]:
     return found
 
 
+class Killed(BaseException):
+    """In the place of SIGKILL: nothing catches it and nothing is cleaned up."""
+
+
+def saving(folder: str) -> dict[str, Any]:
+    """What is on disk after a kill at three moments of saving; bytes written and read by a save that is not killed."""
+    seed_everything(0)
+    run = config(2, "fp32", output=folder)
+    run = run.model_copy(update={"log": run.log.model_copy(update={"keep": 1})})
+    net = Net()
+    net.body = nn.Sequential(nn.Linear(16, 50_000), nn.Linear(50_000, 16))
+    engine = build_engine(net, run)
+    steps(engine, range(1))
+    root = Path(folder) / "checkpoints"
+    before = _counted()
+    save_checkpoint(engine, run, Progress(1, 4))
+    size = sum(path.stat().st_size for path in (root / "step_000001").rglob("*"))
+    found: dict[str, Any] = {name: (_counted()[name] - before[name]) / size for name in before}
+    with mock.patch("torch.save", _half_written):
+        found["half a file"] = _killed(engine, run, Progress(2, 4))
+    with mock.patch("utils.checkpoint.save_config", _dying):
+        found["manifest"] = _killed(engine, run, Progress(3, 4))
+    found["light weights"] = _killed(engine, run, Progress(4, 4), _dying)
+    found["left"] = sorted(path.name for path in root.iterdir())
+    save_checkpoint(engine, run, Progress(5, 4), lambda new: found.update(latest=(root / "latest").read_text()))
+    found["at last"] = sorted(path.name for path in root.iterdir())
+    return found
+
+
+def _counted() -> dict[str, int]:
+    """Bytes that this process has written and read so far, through the page cache or not."""
+    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return {"written": int(lines["wchar"]), "read": int(lines["rchar"])}
+
+
+def _killed(engine: Any, run: RunConfig, progress: Progress, save_weights: Any = None) -> str:
+    """The checkpoint that a run would go on from after a save that was cut short."""
+    try:
+        save_checkpoint(engine, run, progress, save_weights)
+    except Killed:
+        return find_checkpoint(run.output_dir).name
+    return "was not killed"
+
+
+def _dying(*_: Any) -> None:
+    raise Killed
+
+
+def _half_written(state: Any, stream: Any) -> None:
+    stream.write(b"half")
+    raise Killed
+
+
 def means() -> dict[str, Any]:
     """Names that only some processes report count for those alone."""
     collected = Means()
@@ -248,7 +302,8 @@ def _flat(state: dict[str, Tensor]) -> list[float]:
     return [value for tensor in state.values() for value in tensor.float().flatten().tolist()]
 
 
-CASES = {f.__name__: f for f in (train_all, resume_all, keep_and_damage, elastic, elastic_both, best_and_full, means)}
+CASES = {f.__name__: f for f in (train_all, resume_all, keep_and_damage, elastic, elastic_both, best_and_full,
+                                 saving, means)}
 
 if __name__ == "__main__":
     distributed.start(threads=1)

@@ -39,6 +39,15 @@ def test_best_is_kept_and_a_full_disk_harms_nothing(tmp_path: Path) -> None:
     assert found["after"] == found["kept"] and found["newest"] == "step_000004"
 
 
+def test_saving_writes_once_reads_nothing_back_and_survives_a_kill_at_any_moment(tmp_path: Path) -> None:
+    found = run_case("saving", str(tmp_path))
+    assert found["written"] == pytest.approx(1.0, abs=0.02) and found["read"] < 0.02, found
+    assert found["half a file"] == found["manifest"] == "step_000001"
+    assert found["light weights"] == "step_000004"  # complete but for them
+    assert found["left"] == ["latest", "step_000001", "step_000004"]
+    assert found["latest"] == "step_000005" and found["at last"] == ["latest", "step_000005"]
+
+
 def test_another_number_of_processes_goes_on(tmp_path: Path) -> None:
     """2 -> 1 processes with the same samples per step: the weights of an undisturbed run but for rounding."""
     run_case("elastic", str(tmp_path / "moved"), "0", "2", processes=2)

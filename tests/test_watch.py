@@ -6,11 +6,20 @@ import ctypes
 import os
 import signal
 import threading
+from itertools import repeat
+from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 
+import train_ds
 from configs.watch import WatchConfig
+from tests.aurora_cases import run_config, tiny_batch, tiny_sample
+from utils.checkpoint import Progress
+from utils.log import RunLog
 from utils.preempt import Preemption
+from utils.types import StepLoss
 from utils.watch import Watch
 
 SMALL = WatchConfig(window=4)
@@ -47,6 +56,22 @@ def test_sigterm_is_noted_and_the_handler_put_back() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_sigterm_during_a_save_ends_the_run_there(tmp_path: Path) -> None:
+    """Another step and a second save would not fit into what is left of the notice."""
+    config = run_config(log={"save_every": 2, "tensorboard": False}, optim={"steps": 9, "warmup_steps": 0})
+    engine = mock.Mock(get_lr=lambda: [1.0], get_global_grad_norm=lambda: 1.0)
+    stage = mock.Mock(prepare=lambda _: None, loss=lambda _: StepLoss(torch.ones(()), {"loss": torch.ones(())}))
+    progress, preemption = Progress(), Preemption(60.0)
+    log = RunLog(tmp_path, config.log, config.optim.steps)
+    run = train_ds.train(engine, stage, repeat(tiny_batch(tiny_sample(0))), config, progress, log, preemption)
+    next(run)
+    assert progress.step == 2
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert list(run) == [] and progress.step == 2
+    log.close()
+    preemption.close()
+
+
 def forked() -> int:
     """os.fork; a child that never ends is ended after a minute, so that a fault is no hang."""
     child = os.fork()
@@ -65,7 +90,8 @@ def test_too_late_ends_the_process(capfd: pytest.CaptureFixture[str]) -> None:
             signal.sigtimedwait([], 0.1)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 75
-    assert "had not saved; the checkpoint before is intact. Remedy: raise log.grace_seconds" in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert "had not saved; the newest complete checkpoint is intact. Remedy: raise log.grace_seconds" in told
 
 
 def test_sigterm_while_loading_ends_at_once(capfd: pytest.CaptureFixture[str]) -> None:

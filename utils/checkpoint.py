@@ -3,11 +3,14 @@
     <run>/checkpoints/step_000100/engine/...     DeepSpeed: trainable weights, optimiser, schedule (nothing frozen)
                                  /rank_0.pt ...  random number generators of each process
                                  /config.yaml
-                                 /manifest.json  written last: step, samples, processes, size and SHA-256 of every file
+                                 /manifest.json  written last: step, samples, processes, size and SHA-256 of each file
+                                 /trained.*      light weights, written after all that
     <run>/checkpoints/latest, best               name of the newest, and of the best by `log.keep_best`
 
-Everything is written into a folder of another name, flushed, read back (`utils.manifest`) and then renamed, so a folder
-`step_*` is complete unless the disk damaged it; a damaged one is skipped with a warning.
+What a run needs to go on is written first and once, into a folder of another name, hashed on its way
+(`utils.manifest`), flushed and then renamed, so a folder `step_*` is complete unless the disk damaged it; a damaged one
+is skipped with a warning. Then follow the light weights, which have a hash of their own, and only then are older
+checkpoints deleted.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 
@@ -33,7 +36,7 @@ from utils.config import FREE_ON_RESUME, differences, git_state, load_config, sa
 from utils.ds import deepspeed
 from utils.elastic import load_repartitioned
 from utils.errors import CheckpointError
-from utils.manifest import damage, describe, read_manifest
+from utils.manifest import damage, file_digest, read_manifest, save_hashed
 from utils.seed import rng_state, set_rng_state
 
 __all__ = ["Progress", "checkpoint_to_resume", "claim", "find_checkpoint", "load_checkpoint", "put_aside",
@@ -70,8 +73,8 @@ def save_checkpoint(
 
     Args:
         engine, config, progress: of the run.
-        save_weights: called on every process with the folder being written, for what else belongs into it (the light
-            checkpoint that evaluation and later stages read).
+        save_weights: called on every process with the new folder once the run could continue from it, for what else
+            belongs there (the light checkpoint that evaluation and later stages read). It must replace no file.
 
     Returns:
         The new folder.
@@ -89,16 +92,18 @@ def save_checkpoint(
                 shutil.rmtree(left, ignore_errors=True)
             writing.mkdir(parents=True)
         distributed.barrier("a folder for the checkpoint")
-        engine.save_checkpoint(str(writing), tag=_ENGINE, save_latest=False, exclude_frozen_parameters=True)
-        if save_weights is not None:
-            save_weights(writing)
-        torch.save(rng_state(), writing / f"rank_{distributed.rank()}.pt")
-        distributed.barrier("saving")
+        mine = {str(path.relative_to(writing)): facts for path, facts in _write_state(engine, writing).items()}
+        files = {name: facts for one in distributed.gather(mine, "saving") for name, facts in one.items()}
         if distributed.is_main():
-            _seal(engine, config, progress, writing, final)
+            _seal(engine, config, progress, writing, files)
+        distributed.barrier("saving")
+        if save_weights is not None:
+            save_weights(final)
+        if distributed.is_main():
+            _prune(root, config)
     except (OSError, RuntimeError) as error:
         shutil.rmtree(writing, ignore_errors=True)  # gives its space back
-        again = "the run continues from the checkpoint before when started again"
+        again = "the run continues from the newest complete checkpoint when started again"
         if distributed.lost_process(error):
             raise CheckpointError(f"{final}: another process was lost meanwhile ({error}); {again}.") from error
         raise CheckpointError(
@@ -109,22 +114,50 @@ def save_checkpoint(
     return final
 
 
+class _Writer(deepspeed.runtime.checkpoint_engine.TorchCheckpointEngine):
+    """DeepSpeed's own way to write its files, but hashed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: dict[Path, list[Any]] = {}
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.files[Path(path)] = save_hashed(state_dict, Path(path))
+
+
+def _write_state(engine: deepspeed.DeepSpeedEngine, folder: Path) -> dict[Path, list[Any]]:
+    """This process's part of the training state; returns size and hash of its files."""
+    engine.checkpoint_engine, usual = _Writer(), engine.checkpoint_engine
+    try:
+        engine.save_checkpoint(str(folder), tag=_ENGINE, save_latest=False, exclude_frozen_parameters=True)
+        files = engine.checkpoint_engine.files
+    finally:
+        engine.checkpoint_engine = usual
+    path = folder / f"rank_{distributed.rank()}.pt"
+    return {**files, path: save_hashed(rng_state(), path)}
+
+
 def _seal(
-    engine: deepspeed.DeepSpeedEngine, config: RunConfig, progress: Progress, writing: Path, final: Path
+    engine: deepspeed.DeepSpeedEngine, config: RunConfig, progress: Progress, writing: Path, files: dict[str, list[Any]]
 ) -> None:
-    """Read back what was written, give it its name, delete what is too old."""
-    save_config(config, writing)
-    manifest = {**asdict(progress), "world_size": distributed.world_size(), "git": git_state()}
+    """Write what tells whether the folder is whole, and give it its name."""
+    settings = save_config(config, writing)
+    files[settings.name] = [settings.stat().st_size, file_digest(settings)]
+    manifest = {**asdict(progress), "world_size": distributed.world_size(), "git": git_state(), "files": files}
     manifest["trainable"] = [name for name, p in engine.module.named_parameters() if p.requires_grad]
-    manifest["files"] = describe(writing)
     write_text(writing / "manifest.json", json.dumps(manifest, indent=1))
-    shutil.rmtree(final, ignore_errors=True)
+    final = writing.with_name(writing.name.removeprefix(_WRITING))
+    shutil.rmtree(final, ignore_errors=True)  # damaged, or the run would have gone on from it
     writing.rename(final)
     write_text(final.parent / "latest", final.name)
-    best = _best(final.parent, config)
+
+
+def _prune(root: Path, config: RunConfig) -> None:
+    """Name the best checkpoint and delete what is too old."""
+    best = _best(root, config)
     if best is not None:
-        write_text(final.parent / "best", best.name)
-    for old in _steps(final.parent)[: -config.log.keep]:
+        write_text(root / "best", best.name)
+    for old in _steps(root)[: -config.log.keep]:
         if old != best:
             shutil.rmtree(old)
 

@@ -1,13 +1,15 @@
-"""Is a checkpoint folder what was written? Size and SHA-256 of every file, and the checksums in torch's archives."""
+"""Is a checkpoint folder what was written? Size and SHA-256 of every file, taken while it was written."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import torch
 
 from utils.errors import CheckpointError
 
@@ -41,25 +43,35 @@ def _is_entry(name: str, facts: Any) -> bool:
     return inside and isinstance(facts, list) and [type(fact) for fact in facts] == [int, str]
 
 
-def describe(folder: Path) -> dict[str, list[Any]]:
-    """Size and hash of every file below `folder`, by relative name, as the disk holds them.
+def save_hashed(state: Any, path: Path) -> list[Any]:
+    """`torch.save` that hashes what it writes, so that nothing has to be read back; returns size and hash.
 
-    Each file is flushed and dropped from the page cache first, where the system allows it, so that what is read comes
-    from the disk. Torch's archives hold checksums that were made of the tensors in memory: those are compared.
+    The file is on the disk when this returns. What the disk made of it shows when it is loaded (`damage`).
 
     Raises:
-        OSError: a file cannot be flushed or read, or is not what was in memory.
+        OSError, RuntimeError: it cannot be written.
     """
-    found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        if path.suffix == ".pt":
-            _compare_checksums(path)
-        found[str(path.relative_to(folder))] = [path.stat().st_size, file_digest(path)]
-    return found
+    with path.open("wb") as file, ThreadPoolExecutor(1) as pool:
+        stream = _HashedStream(file, pool)
+        torch.save(state, stream)
+        file.flush()
+        os.fsync(file.fileno())
+        return [file.tell(), stream.digest.hexdigest()]
+
+
+class _HashedStream:
+    """A file of torch.save; the hash is computed in another thread while the system takes the bytes."""
+
+    def __init__(self, file: IO[bytes], pool: ThreadPoolExecutor) -> None:
+        self.file, self.pool, self.digest, self.flush = file, pool, hashlib.sha256(), file.flush
+
+    def write(self, data: Any) -> int:
+        """As of any file."""
+        hashed = self.pool.submit(self.digest.update, data)
+        try:
+            return self.file.write(data)
+        finally:
+            hashed.result()
 
 
 def damage(folder: Path) -> str | None:
@@ -80,16 +92,6 @@ def damage(folder: Path) -> str | None:
         except (OSError, ValueError) as error:  # a broken disk; a name with a null character
             return f"{name} cannot be read ({error})"
     return None
-
-
-def _compare_checksums(path: Path) -> None:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            wrong = archive.testzip()
-    except zipfile.BadZipFile as error:
-        raise OSError(f"{path.name} is no complete archive ({error})") from None
-    if wrong is not None:
-        raise OSError(f"{path.name}: {wrong} is not on disk as it was in memory")
 
 
 def file_digest(path: Path) -> str:

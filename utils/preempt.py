@@ -92,7 +92,8 @@ class Preemption:
 
     def _end(self) -> None:
         tell(
-            f"error: {self.grace_seconds:g} s after SIGTERM the run had not saved; the checkpoint before is intact. "
-            "Remedy: raise log.grace_seconds and the scheduler's notice, or shorten a step (engine.accumulation)."
+            f"error: {self.grace_seconds:g} s after SIGTERM the run had not saved; the newest complete checkpoint is "
+            "intact. Remedy: raise log.grace_seconds and the scheduler's notice, or shorten a step "
+            "(engine.accumulation)."
         )
         distributed.leave(TOO_LATE)
