@@ -192,6 +192,12 @@ def _run_rules(c: RunConfig) -> Iterator[BrokenRule]:
         yield BrokenRule(
             ("engine.offload", "engine.zero_stage"), "offloading needs ZeRO", "set zero_stage to 1, 2 or 3"
         )
+    if c.engine.accumulate_in == "fp32" and c.engine.precision == "bf16" and c.engine.zero_stage < 2:
+        yield BrokenRule(
+            ("engine.accumulate_in", "engine.zero_stage"),
+            "DeepSpeed sums bf16 gradients in float32 at ZeRO 2 and 3 alone",
+            "set zero_stage to 2 or 3, or accumulate_in to weights",
+        )
     if c.data.num_frames and c.model.decode_frames_per_step and c.model.decode_frames_per_step > c.data.num_frames:
         yield BrokenRule(
             ("model.decode_frames_per_step", "data.num_frames"),

@@ -198,6 +198,13 @@ class EngineConfig(Section):
     accumulation: int = knob(4, "forwards per optimiser step", "micro-batches", "paper 4.1", ge=1)
     zero_stage: Literal[0, 1, 2, 3] = knob(2, "ZeRO stage", "1", "published code train_ds.py:354")
     precision: Literal["fp32", "bf16"] = knob("bf16", "weights and matmuls", "name", "published code train_ds.py:48")
+    accumulate_in: Literal["weights", "fp32"] = knob(
+        "weights",
+        "type in which the gradients of micro-batches are summed: the weights' own, or float32 (ZeRO 2 and 3); under "
+        "bf16 the first is off by 0.2 % after 4, see docs/memory.md",
+        "name",
+        "DeepSpeed's default, which the published code leaves alone",
+    )
     gradient_checkpointing: bool = knob(
         True, "recompute the language model's activations in backward", "flag", "published code train_ds.py:165"
     )

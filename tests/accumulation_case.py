@@ -1,9 +1,10 @@
 """Run by tests/test_accumulation.py: the gradient that the engine applies against the sum that plain torch makes.
 
-    python -m tests.accumulation_case ZERO_STAGE:OFFLOAD:ACCUMULATION:OUTPUT ...
+    python -m tests.accumulation_case ZERO_STAGE:OFFLOAD:ACCUMULATION:OUTPUT[:ACCUMULATE_IN] ...
 
 prints one JSON object: case -> component -> [|applied - true| / |true|, |applied| / |true|]. Reduction buckets are
-smaller than lm_head, so that a backward reduces in several pieces.
+smaller than lm_head, so that a backward reduces in several pieces. With ACCUMULATE_IN the run is in bf16, and the true
+gradient is the float32 sum of the bf16 gradients of the micro-batches.
 """
 
 from __future__ import annotations
@@ -35,12 +36,13 @@ TRAINABLE = LORA.model_copy(
 )
 
 
-def settings(zero_stage: int, offload: bool, accumulation: int) -> RunConfig:
+def settings(zero_stage: int, offload: bool, accumulation: int, accumulate_in: str | None) -> RunConfig:
     """AdamW whose first average is (1 - 0.9) times the gradient, without clipping."""
+    sums = {"precision": "bf16", "accumulate_in": accumulate_in} if accumulate_in else {"precision": "fp32"}
     return run_config(
         trainable=TRAINABLE.model_dump() | {"mask_decoder": True},
-        engine={"precision": "fp32", "gradient_checkpointing": True, "zero_stage": zero_stage, "offload": offload,
-                "accumulation": accumulation, "micro_batch": 1},
+        engine={"gradient_checkpointing": True, "zero_stage": zero_stage, "offload": offload,
+                "accumulation": accumulation, "micro_batch": 1, **sums},
         optim={"warmup_steps": 0, "steps": 9, "clip_norm": 0.0},
     )  # fmt: skip
 
@@ -48,7 +50,7 @@ def settings(zero_stage: int, offload: bool, accumulation: int) -> RunConfig:
 def build(config: RunConfig) -> AuroraModel:
     model = tiny_model(config.trainable)
     model.backbone.set_gradient_checkpointing(config.engine.gradient_checkpointing)
-    return model
+    return model.to(torch.bfloat16 if config.engine.precision == "bf16" else torch.float32)
 
 
 def answers_loss(config: RunConfig, engine: nn.Module, number: int) -> Tensor:
@@ -74,10 +76,15 @@ def true_gradient(config: RunConfig, loss: Callable[..., Tensor]) -> dict[str, T
     """Mean over the micro-batches of all processes, summed by plain torch in one process."""
     model = build(config)
     count = config.engine.accumulation * distributed.world_size()
-    for number in range(count):
-        (loss(config, model, number) / count).backward()
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named.items()}
+    total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in named.items()}
+    for number in range(count):
+        model.zero_grad()
+        (loss(config, model, number) / count).backward()
+        for name, parameter in named.items():
+            if parameter.grad is not None:  # SAM's IoU head has none
+                total[name] += parameter.grad.float()
+    return total
 
 
 def applied_gradient(config: RunConfig, loss: Callable[..., Tensor]) -> dict[str, Tensor]:
@@ -98,8 +105,8 @@ def applied_gradient(config: RunConfig, loss: Callable[..., Tensor]) -> dict[str
 
 
 def compare(case: str) -> dict[str, list[float]]:
-    zero_stage, offload, accumulation, output = case.split(":")
-    config = settings(int(zero_stage), offload == "1", int(accumulation))
+    zero_stage, offload, accumulation, output, *sums = case.split(":")
+    config = settings(int(zero_stage), offload == "1", int(accumulation), sums[0] if sums else None)
     true, applied = (get(config, LOSSES[output]) for get in (true_gradient, applied_gradient))
     found = {}
     for part, text in PARTS.items():

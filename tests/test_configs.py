@@ -147,6 +147,11 @@ RULES = {
     ),
     "endless warm-up": ("teacher.yaml", "optim.warmup_steps=1440", "optim.warmup_steps + optim.steps"),
     "offload without ZeRO": ("teacher.yaml", "engine.zero_stage=0 engine.offload=true", "engine.offload"),
+    "float32 sums without ZeRO 2": (
+        "teacher.yaml",
+        "engine.zero_stage=1 engine.accumulate_in=fp32",
+        "engine.accumulate_in + engine.zero_stage",
+    ),
     "more frames decoded than read": (
         "teacher.yaml",
         "data.num_frames=4 model.decode_frames_per_step=5",

@@ -110,7 +110,7 @@ def deepspeed_config(engine: EngineConfig, optim: OptimConfig) -> dict[str, Any]
         zero |= {"overlap_comm": torch.cuda.is_available(), "contiguous_gradients": True, "reduce_scatter": True}
     if engine.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    return {
+    settings = {
         "train_micro_batch_size_per_gpu": engine.micro_batch,
         "gradient_accumulation_steps": engine.accumulation,
         "gradient_clipping": optim.clip_norm,
@@ -120,6 +120,9 @@ def deepspeed_config(engine: EngineConfig, optim: OptimConfig) -> dict[str, Any]
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
+    if engine.accumulate_in == "fp32":
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
 
 
 def trainable_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
