@@ -173,12 +173,20 @@ class DataConfig(Section):
 class OptimConfig(Section):
     """AdamW and its schedule. All step counts are optimiser steps."""
 
-    lr: float = knob(1e-5, "peak learning rate", "1", "published code train_ds.py:88", gt=0)
+    lr: float = knob(
+        1e-4,
+        "peak learning rate; the paper names none (GRPO: 1e-5, train_ds.py:88)",
+        "1",
+        "released code train_ds_test.py:87, the only trainer with a cross entropy",
+        gt=0,
+    )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = knob(
         (0.9, 0.95), "AdamW's averaging factors", "1", "published code train_ds.py:96"
     )
     weight_decay: float = knob(0.0, "decoupled weight decay", "1", "published code train_ds.py:332", ge=0)
-    warmup_steps: int = knob(30, "linear warm-up from 0", "steps", "published code train_ds.py:342", ge=0)
+    warmup_steps: int = knob(
+        100, "linear warm-up from 0 (GRPO: 30, train_ds.py:342)", "steps", "released code train_ds_test.py:315", ge=0
+    )
     steps: int = knob(720, "length of the run", "steps", "paper 4.1", ge=1)
     schedule: Literal["linear", "cosine", "constant"] = knob(
         "linear", "decay to 0 after the warm-up", "name", "published code train_ds.py:337"

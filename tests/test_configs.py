@@ -18,6 +18,7 @@ from utils.errors import ConfigError
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.stem != "base")
 FIELDS = dict(fields(RunConfig))
+SOURCE = r"paper|(published|released) code|our choice|ours|Ref-AVS official code"
 LATER = {"reflective": "model/stages/reflective.py", "grpo": "model/stages/grpo.py"}
 """Sections of stages that may not be part of this checkout yet -> the module that reads them."""
 
@@ -48,7 +49,7 @@ def test_every_value_has_its_source(path: Path) -> None:
         has_value = re.match(r"\s*\w+:\s*[^\s#]", line) and not line.startswith("inherit:")
         if has_value:
             comment = line.rpartition(" # ")[2]
-            assert re.match(r"paper|published code|ours|Ref-AVS official code", comment), (
+            assert re.match(SOURCE, comment), (
                 f"{path.name}:{number}: {line}"
             )
 
@@ -68,11 +69,23 @@ def test_paper_values() -> None:
     )
 
 
+RATES = {"teacher": (1e-4, 100), "sft": (1e-4, 100), "reflective": (1e-4, 100), "grpo": (1e-5, 30)}
+"""Learning rate and warm-up of the released trainer whose loss a stage has: train_ds_test.py:87, :315 (cross entropy),
+train_ds.py:88, :342 (GRPO)."""
+
+
+@pytest.mark.parametrize("folder", ["", "lean/"])
+@pytest.mark.parametrize("stage", RATES)
+def test_each_stage_has_the_rate_of_its_released_trainer(stage: str, folder: str) -> None:
+    optim = load_config(ROOT / f"configs/{folder}{stage}.yaml").optim
+    assert (optim.lr, optim.warmup_steps) == RATES[stage]
+
+
 def test_every_field_is_documented() -> None:
     for path, info in FIELDS.items():
         assert info.description, path
         assert info.json_schema_extra["unit"], path
-        assert re.match(r"paper|published code|ours|Ref-AVS official code", info.json_schema_extra["source"]), path
+        assert re.match(SOURCE, info.json_schema_extra["source"]), path
 
 
 def test_every_field_is_read_by_the_code() -> None:

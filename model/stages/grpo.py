@@ -8,6 +8,7 @@
 | beta = 0 | beta .04 set and unused | 0: no reference exists; above: k3 against the stage's start | a second set of trained tensors, not a second model |
 | eq. 8: + BCE + Dice | 2 BCE + 0.5 Dice of every answer, of those without [SEG] at an arbitrary position (LISA_grpo.py:499-505) | `grpo.mask_loss_on`; never without [SEG] | such an answer asks for no mask |
 | - | rollouts with dropout, clips encoded once per answer | eval mode throughout, clips encoded once, prompt read once per group | the first ratio is exactly 1; `model.aurora.shared_prompt` |
+| no learning rate, no warm-up (4.1) | 1e-5, warm-up 30 (train_ds.py:88, :342) | the same | a tenth of the rate of the stages with a cross entropy |
 | - | top_p .9 in sampling, not in scoring | the same: old and new are both scored without the cut | a ratio of two cut distributions may be 0 / 0 |
 
 The old log-probabilities are those of the first scoring pass after sampling: the weights have not moved yet, so that

@@ -6,6 +6,7 @@
 | eq. 3: y_wrong + trigger + y_correct replaces the target | a list of finished texts | `dataset.reflective` builds and reads them | the parts stay known by their spans |
 | 3.2: "using the cross-entropy loss" on the path | all tokens | `reflective.loss_on`: all, or the correction alone | with `all` the model is also taught to write the mistake; both are trained on the same input |
 | Table 4, CT: corrected paths alone | - | `reflective.target: corrected_only` | one config value |
+| no learning rate, no warm-up (4.1) | see `model.stages.sft` | as stage 1: 1e-4, warm-up 100 | the same losses |
 """  # noqa: E501 (a table)
 
 from __future__ import annotations

@@ -8,6 +8,7 @@
 | 3.1: the student uses the teacher's SAM decoder, frozen | decoder trained in the trainer of the release (train_ds.py:280) | `sft.freeze_mask_decoder`, see `model.aurora.build` | the paper is explicit |
 | - | f_t computed at every step | kept by metadata row after the first time | teacher and media never change |
 | eq. 1: sum over tokens | mean over the batch's answer tokens | mean | a sum would weigh long answers and outweigh the masks |
+| no learning rate, no warm-up (4.1) | 1e-4, warm-up 100, accumulation 10 in the only trainer with a cross entropy (train_ds_test.py:87, :315, :472); 1e-5 and 30 in the GRPO trainer (train_ds.py:88, :342) | 1e-4, warm-up 100; accumulation 4 | the rate belongs to its loss; the paper names the accumulation |
 """  # noqa: E501 (a table)
 
 from __future__ import annotations

@@ -7,6 +7,7 @@
 | 3.1: SAM's decoder is trained here and frozen later | trained (train_ds.py:280) | `trainable.mask_decoder` | - |
 | "more extensive training steps" | - | `optim.steps` | no number is given |
 | - | batch 1; every -100 token dropped, padding included (LISA_ref_distill.py:204-206) | any batch | [SEG] positions come from the splice |
+| no learning rate, no warm-up (4.1) | see `model.stages.sft` | as stage 1: 1e-4, warm-up 100 | the same losses |
 """  # noqa: E501 (a table)
 
 from __future__ import annotations
