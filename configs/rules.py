@@ -188,6 +188,13 @@ def _run_rules(c: RunConfig) -> Iterator[BrokenRule]:
         yield BrokenRule(
             ("optim.warmup_steps", "optim.steps"), "the warm-up would never end", "set warmup_steps below optim.steps"
         )
+    # With steps above the warm-up this keeps the horizon behind the warm-up too.
+    if c.optim.decay_steps is not None and c.optim.decay_steps < c.optim.steps and c.optim.schedule != "constant":
+        yield BrokenRule(
+            ("optim.decay_steps", "optim.steps"),
+            "from decay_steps on the learning rate is 0 and nothing is learned",
+            "set decay_steps to optim.steps or more, or to null",
+        )
     if c.engine.offload and c.engine.zero_stage == 0:
         yield BrokenRule(
             ("engine.offload", "engine.zero_stage"), "offloading needs ZeRO", "set zero_stage to 1, 2 or 3"

@@ -188,8 +188,16 @@ class OptimConfig(Section):
         100, "linear warm-up from 0 (GRPO: 30, train_ds.py:342)", "steps", "released code train_ds_test.py:315", ge=0
     )
     steps: int = knob(720, "length of the run", "steps", "paper 4.1", ge=1)
+    decay_steps: int | None = knob(
+        None,
+        "step at which the decay reaches 0; null = optim.steps, the end of the run. The released trainers decay over "
+        "more steps than the paper trains (GRPO 4,000, train_ds.py:339; cross entropy 3,600, train_ds_test.py:312)",
+        "steps",
+        "our choice: without another horizon a run of any length ends at a rate of 0",
+        ge=1,
+    )
     schedule: Literal["linear", "cosine", "constant"] = knob(
-        "linear", "decay to 0 after the warm-up", "name", "published code train_ds.py:337"
+        "linear", "decay to 0 at decay_steps after the warm-up", "name", "published code train_ds.py:337"
     )
     clip_norm: float = knob(
         1.0, "largest norm of the gradient; 0 = no clipping", "1", "published code train_ds.py:352", ge=0

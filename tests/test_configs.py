@@ -69,16 +69,17 @@ def test_paper_values() -> None:
     )
 
 
-RATES = {"teacher": (1e-4, 100), "sft": (1e-4, 100), "reflective": (1e-4, 100), "grpo": (1e-5, 30)}
-"""Learning rate and warm-up of the released trainer whose loss a stage has: train_ds_test.py:87, :315 (cross entropy),
-train_ds.py:88, :342 (GRPO)."""
+SUPERVISED = (1e-4, 100, 3600)
+RATES = {"teacher": SUPERVISED, "sft": SUPERVISED, "reflective": SUPERVISED, "grpo": (1e-5, 30, 4000)}
+"""Learning rate, warm-up and decay of the released trainer whose loss a stage has: train_ds_test.py:87, :315, :312
+(cross entropy), train_ds.py:88, :342, :339 (GRPO)."""
 
 
 @pytest.mark.parametrize("folder", ["", "lean/"])
 @pytest.mark.parametrize("stage", RATES)
 def test_each_stage_has_the_rate_of_its_released_trainer(stage: str, folder: str) -> None:
     optim = load_config(ROOT / f"configs/{folder}{stage}.yaml").optim
-    assert (optim.lr, optim.warmup_steps) == RATES[stage]
+    assert (optim.lr, optim.warmup_steps, optim.decay_steps) == RATES[stage]
 
 
 def test_every_field_is_documented() -> None:
@@ -159,6 +160,8 @@ RULES = {
         "optim.group_lr_scale + trainable.mask_decoder",
     ),
     "endless warm-up": ("teacher.yaml", "optim.warmup_steps=1440", "optim.warmup_steps + optim.steps"),
+    "a rate of 0 before the end": ("grpo.yaml", "optim.decay_steps=499", "optim.decay_steps + optim.steps"),
+    "a decay within the warm-up": ("sft.yaml", "optim.decay_steps=100", "optim.decay_steps + optim.steps"),
     "offload without ZeRO": ("teacher.yaml", "engine.zero_stage=0 engine.offload=true", "engine.offload"),
     "float32 sums without ZeRO 2": (
         "teacher.yaml",

@@ -85,6 +85,15 @@ def test_schedules() -> None:
     assert [constant(step) for step in (0, 2, 9)] == [0.5, 1.0, 1.0]
 
 
+def test_the_decay_may_reach_past_the_run() -> None:
+    """As in the released GRPO trainer: 500 steps of a decay over 4,000 leave 0.88 of the rate."""
+    released = LearningRate(OptimConfig(steps=500, warmup_steps=30, decay_steps=4000))
+    assert released(29) == 1.0
+    assert [released(step) for step in (30, 500, 4000)] == pytest.approx([1, 1 - 470 / 3970, 0])
+    cosine = LearningRate(OptimConfig(steps=10, warmup_steps=0, decay_steps=20, schedule="cosine"))
+    assert [cosine(step) for step in (0, 10, 20)] == pytest.approx([1, 0.5, 0])
+
+
 def test_parameter_groups() -> None:
     optim = OptimConfig(lr=1.0, group_lr_scale={"head": 2.0, r"(head|body)\.bias": 3.0})
     groups = parameter_groups(Net().named_parameters(), optim)

@@ -27,8 +27,8 @@ __all__ = ["check_paths", "differences", "git_state", "help_text", "load_config"
 MAX_YAML_BYTES = 1_000_000
 """A configuration is a page of text; anything larger is refused unread."""
 
-FREE_ON_RESUME = ("optim.steps", "log.", "eval.", "watch.", "output_dir", "engine.threads", "data.num_workers",
-                  "model.attention")  # fmt: skip
+FREE_ON_RESUME = ("optim.steps", "optim.decay_steps", "log.", "eval.", "watch.", "output_dir", "engine.threads",
+                  "data.num_workers", "model.attention")  # fmt: skip
 """Fields (or sections) that may change when a run is resumed; nothing the run has learned depends on them."""
 
 

@@ -17,11 +17,13 @@ from utils.errors import ConfigError, Problem
 
 
 class LearningRate:
-    """Factor on the learning rate at optimiser step `step` (0-based): linear warm-up, then decay to 0 at `steps`.
+    """Factor on the learning rate at optimiser step `step` (0-based): linear warm-up, then decay to 0 at `decay_steps`.
 
-    The published code's WarmupDecayLR (train_ds.py:337) spends its first step at a rate of 0; here step 0 already has
-    1 / warmup_steps.
-    """
+    | paper | released code | here | why |
+    |---|---|---|---|
+    | no schedule (4.1) | WarmupDecayLR spends its first step at a rate of 0 (train_ds.py:337) | step 0 has 1 / warmup_steps | no step is wasted |
+    | 500 steps of GRPO, 720 and 300 of SFT | decays over 4,000 (train_ds.py:339) and 3,600 (train_ds_test.py:312) | `optim.decay_steps`: as released in the paper's configurations, else the length of the run | the paper is silent |
+    """  # noqa: E501 (a table)
 
     def __init__(self, config: OptimConfig) -> None:
         self.config = config
@@ -30,7 +32,8 @@ class LearningRate:
         c = self.config
         if step < c.warmup_steps:
             return (step + 1) / c.warmup_steps
-        progress = min(1.0, (step - c.warmup_steps) / max(1, c.steps - c.warmup_steps))
+        horizon = c.steps if c.decay_steps is None else c.decay_steps
+        progress = min(1.0, (step - c.warmup_steps) / max(1, horizon - c.warmup_steps))
         if c.schedule == "linear":
             return 1.0 - progress
         return 0.5 * (1 + math.cos(math.pi * progress)) if c.schedule == "cosine" else 1.0
