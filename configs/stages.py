@@ -82,8 +82,8 @@ class GrpoConfig(Section):
     reward_module: str | None = knob(
         None, "Python module that registers more rewards", "module", "ours: extension point"
     )
-    class_scoring: Literal["exact", "published"] = knob(
-        "exact", "class reward 0/1 by the whole name, or the published 0/1/2 by one word", "name", "paper 3.3"
+    class_scoring: Literal["exact", "released"] = knob(
+        "exact", "class reward 0/1 by the whole name, or the released code's 0/1/2 by one word", "name", "paper 3.3"
     )
 
 

@@ -16,12 +16,21 @@ from model.objectives.rewards import (
     frame_iou,
     iou_reward,
     load_rewards,
-    published_class_reward,
+    released_class_reward,
     score,
 )
 from tests.aurora_cases import tiny_sample
+from utils.config import load_config
 from utils.errors import ConfigError
 from utils.metrics import score_batch
+
+FLEXIBLE = (
+    "The reference states that the object making the sound is played by the man. Since the cello is the instrument "
+    "being played by the man in the images, and it's the object that makes a sound in the audio, the target is cello. "
+    "It is [SEG]."
+)
+"""The end of the paper's flexible example (section 8.2) as an answer."""
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def judged(text: str, class_name: str = "dog", iou: float = 0.5, has_seg: bool = True) -> Judged:
@@ -52,13 +61,13 @@ def test_format(text: str, reward: float, reason: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "class_name", "reward", "published", "reason"),
+    ("text", "class_name", "reward", "released", "reason"),
     [
-        ("Thus the target is dog. It is [SEG].", "dog", 1, 0, "published wants the phrase first in the sentence"),
+        ("Thus the target is dog. It is [SEG].", "dog", 1, 0, "released code wants the phrase first in its piece"),
         ("The target is dog. It is [SEG].", "dog", 1, 2, "right"),
         ("The target is the dog. It is [SEG].", "dog", 1, 2, "an article is allowed"),
         ("The target is DOG. It is [SEG].", "dog", 1, 2, "case does not matter"),
-        ("The target is cat. It is [SEG].", "dog", 0, 1, "wrong; published pays the phrase"),
+        ("The target is cat. It is [SEG].", "dog", 0, 1, "wrong; the released code pays the phrase"),
         ("The target is dogs. It is [SEG].", "dog", 0, 1, "another word"),
         ("The target is acoustic guitar. It is [SEG].", "acoustic guitar", 1, 1, r"two words; \w+ reads one"),
         ("The target is ping-pong ball. It is [SEG].", "ping-pong ball", 1, 1, "a hyphen"),
@@ -67,14 +76,25 @@ def test_format(text: str, reward: float, reason: str) -> None:
         ("The target is puppy. It is [SEG].", "dog", 0, 1, "no synonyms (paper 3.3)"),
         ("The target is cat. Wait. The target is dog. It is [SEG].", "dog", 1, 2, "the correction counts"),
         ("The target is dog. No. The target is cat. It is [SEG].", "dog", 0, 1, "and replaces the first"),
-        ("The target is dog. So. It is [SEG].", "dog", 1, 0, "published reads the second-to-last sentence only"),
+        ("The target is dog. So. It is [SEG].", "dog", 1, 0, "the released code reads the second-to-last piece only"),
         ("It is the dog. It is [SEG].", "dog", 0, 0, "the phrase is missing"),
+        ("Since it barks, the target is dog. It is [SEG].", "dog", 1, 2, "a comma ends a piece"),
+        ("Is it loud? the target is dog! It is [SEG].", "dog", 1, 2, "and so do ? and !"),
+        ("The target is dog, the loud one. It is [SEG].", "dog", 1, 0, "a comma behind the name hides it"),
+        ("Since it barks, the target is cat. It is [SEG].", "dog", 0, 1, "the phrase alone"),
+        (FLEXIBLE, "cello", 1, 2, "the paper's own flexible example (8.2)"),
         ("", "dog", 0, 0, "empty"),
     ],
 )
-def test_class(text: str, class_name: str, reward: float, published: float, reason: str) -> None:
+def test_class(text: str, class_name: str, reward: float, released: float, reason: str) -> None:
     assert class_reward(judged(text, class_name)) == reward, reason
-    assert published_class_reward(judged(text, class_name)) == published, reason
+    assert released_class_reward(judged(text, class_name)) == released, reason
+
+
+def test_the_scoring_of_the_released_code_has_its_name() -> None:
+    assert load_rewards({"class": 1.0}, None, "released")["class"] is released_class_reward
+    with pytest.raises(ConfigError, match="grpo.class_scoring = 'published'.*'exact' or 'released'"):
+        load_config(ROOT / "configs/grpo.yaml", ["grpo.class_scoring=published"])
 
 
 def test_iou_needs_a_seg() -> None:
@@ -109,8 +129,8 @@ def test_total_is_weighted_and_a_weight_of_zero_still_reports() -> None:
     assert {k: v.tolist() for k, v in found.parts.items()} == {
         "format": [1.0, 0.0], "iou": [0.25, 0.0], "class": [1.0, 1.0]
     }  # fmt: skip
-    published = load_rewards(weights, None, "published")
-    assert score(answers, published, weights).parts["class"].tolist() == [2.0, 0.0]
+    released = load_rewards(weights, None, "released")
+    assert score(answers, released, weights).parts["class"].tolist() == [2.0, 0.0]
 
 
 def test_rewards_of_a_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

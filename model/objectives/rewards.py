@@ -4,7 +4,7 @@
 |---|---|---|---|
 | format | 1 if the final sentence is "It is [SEG]" | ends with "It is [SEG]." | the paper's; the full stop is optional |
 | iou | IoU of predicted and true mask | mean over frames; empty truth: share of true negatives | the same (J of `utils.metrics`), 0 without [SEG] |
-| class | "the target is {class_name}": 1 if right | 0/1/2 by one word (`\\w+`) of the second-to-last sentence | the whole name; `published` scores as published |
+| class | "the target is {class_name}": 1 if right | 0/1/2 by one word (`\\w+`) of the second-to-last piece between `,.!?` (LISA_grpo.py:167-185) | the whole name; `grpo.class_scoring: released` scores as released |
 | coefficients | 1 each | 1 each | `grpo.reward_weights`; 0 logs a reward without using it |
 
 A reward is a function of one `Judged` answer. Names that are not in `BUILTIN` are looked up in `grpo.reward_module`.
@@ -46,7 +46,7 @@ class Judged:
 Reward = Callable[[Judged], float]
 
 _LAST_SENTENCE = re.compile(r"(?:^|[.!?\n])\s*It is \[SEG\]\.?\s*$")
-_PUBLISHED_CLASS = re.compile(r"the target is (?:the )?(\w+)", re.IGNORECASE)
+_RELEASED_CLASS = re.compile(r"the target is (?:the )?(\w+)", re.IGNORECASE)
 PUBLISHED_FORMAT = "It is [SEG]."
 
 
@@ -69,15 +69,16 @@ def class_reward(answer: Judged) -> float:
     return float(names_class(answer.text, answer.sample.class_name))
 
 
-def published_class_reward(answer: Judged) -> float:
-    """0, 1 or 2 as published (LISA_grpo.py:545-549).
+def released_class_reward(answer: Judged) -> float:
+    """0, 1 or 2 as the released code scores (LISA_grpo.py:167-185).
 
-    1 if the second-to-last sentence begins with "the target is", 1 more if the one word (`\\w+`) behind it, after an
-    optional "the", is the class name: a name of two words or with a hyphen can never score 2.
+    The answer is cut at commas, full stops, exclamation and question marks. 1 if the second-to-last piece begins with
+    "the target is", 1 more if the one word (`\\w+`) behind it, after an optional "the", is the class name: a name of
+    two words or with a hyphen can never score 2.
     """
-    sentences = [sentence.strip() for sentence in answer.text.split(".") if sentence.strip()]
-    found = _PUBLISHED_CLASS.match(sentences[-2]) if len(sentences) > 1 else None
-    return 0.0 if found is None else 1.0 + (found[1].lower() == answer.sample.class_name.lower())
+    pieces = [piece.strip() for piece in re.split(r"[,.!?]+", answer.text) if piece.strip()]
+    found = _RELEASED_CLASS.match(pieces[-2]) if len(pieces) > 1 else None
+    return 0.0 if found is None else 1.0 + (found[1].lower() == answer.sample.class_name)
 
 
 def names_class(text: str, class_name: str) -> bool:
@@ -105,14 +106,14 @@ def load_rewards(weights: Mapping[str, float], module: str | None, class_scoring
         weights: coefficient by name.
         module: "package.module", whose functions of those names are the rewards that are not built in; or
             "package.module:function", which gives that function alone under its own name.
-        class_scoring: "exact" or "published", for the reward `class`.
+        class_scoring: "exact" or "released", for the reward `class`.
 
     Raises:
         ConfigError: the module or a function is missing, a name means nothing, or the module is used for nothing.
     """
     known = dict(BUILTIN)
-    if class_scoring == "published":
-        known["class"] = published_class_reward
+    if class_scoring == "released":
+        known["class"] = released_class_reward
     own = _module_functions(module, [name for name in weights if name not in known]) if module else {}
     unknown = [name for name in weights if name not in known and name not in own]
     if unknown:
