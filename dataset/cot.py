@@ -10,19 +10,18 @@ file in another order mislabels silently. Here every record names its row and re
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from dataset.refavs import RefAvsIndex, Row, Split
+from utils.answers import without_ending
 from utils.errors import DataError
 
 MAX_CHARACTERS = 2000
 """A reasoning of this many characters or more is too long (AURORA utils/sem_seg_dataset.py:398)."""
 _SHOWN = 20
-_ENDING = re.compile(r"\s*It is \[SEG\]\s*\.?\s*$", re.IGNORECASE)
 
 TooLong = Literal["error", "drop"]
 
@@ -196,7 +195,7 @@ def _clean(reasoning: object) -> str:
     """The reasoning without outer spaces and without its own "It is [SEG]."."""
     if not isinstance(reasoning, str):
         raise ValueError(f"reasoning = {reasoning!r}; must be text. Remedy: write the chain of thought.")
-    text = _ENDING.sub("", reasoning).strip()
+    text = without_ending(reasoning)
     if not text:
         raise ValueError("reasoning is empty. Remedy: write it anew (scripts/generate_cot.py), or leave the row out.")
     return text

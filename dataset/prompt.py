@@ -50,8 +50,6 @@ USER_TEXT = "\nThe reference is: {reference} Please segment the corresponding ob
 """What follows `<video>` in the user turn (AURORA utils/sem_seg_dataset.py:511)."""
 S4_REFERENCE = "The sounding object"
 """Generic reference for benchmarks without expressions (AVSBench S4)."""
-ANSWER_ENDING = "It is [SEG]."
-"""Ending of every well-formed answer; `[SEG]` stands for the token of the loaded tokenizer."""
 
 _IM_START, _IM_END, _END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 

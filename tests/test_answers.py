@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from utils.answers import parse_answer, reasoning_steps, sentences
+from model.objectives.rewards import Judged, format_reward
+from tests.evaluation_cases import make_prediction, make_sample
+from utils.answers import parse_answer, reasoning_steps, sentences, well_formed, without_ending
+from utils.scoring import score_row
 
 
 @pytest.mark.parametrize(
@@ -36,6 +41,58 @@ from utils.answers import parse_answer, reasoning_steps, sentences
 )
 def test_parse_answer(text: str, expected: str | None) -> None:
     assert parse_answer(text) == expected
+
+
+FORMATS = [
+    # text, paper 3.3, released code, ours, why
+    ("I hear a bark. The target is dog. It is [SEG].", 1, 1, 1, "the form of the paper"),
+    ("The target is dog. It is [SEG]", 1, 0, 1, "the paper writes no full stop, the released code wants one"),
+    ("It is [SEG].", 1, 1, 1, "the last sentence may be the only one"),
+    ("The target is dog.\nIt is [SEG].\n", 1, 0, 1, "a line break ends a sentence; outer space does not count"),
+    ("The target is dog. It is [SEG]. ", 1, 0, 1, "outer space"),
+    ("Is it the dog? It is [SEG].", 1, 1, 1, "any mark may end the sentence before"),
+    ('The target is "dog." It is [SEG].', 1, 1, 1, "the quotes close behind the full stop"),
+    ("The target is “dog.” It is [SEG].", 1, 1, 1, "typographic quotes"),
+    ("It barks (the target is dog.) It is [SEG].", 1, 1, 1, "a bracket closes behind it"),
+    ('The target is "dog". It is [SEG].', 1, 1, 1, "the quotes close before it"),
+    ("The target is dog, so It is [SEG].", 0, 1, 0, "only the end of a longer sentence"),
+    ("The target is dog It is [SEG].", 0, 1, 0, "no mark ends the sentence before"),
+    ("The target is dog. Bit is [SEG].", 0, 0, 0, "another word"),
+    ("TheIt is [SEG].", 0, 1, 0, "the last characters alone"),
+    ("The target is dog. It is dog [SEG].", 0, 0, 0, "the answer of the released teacher"),
+    ("The target is dog. it is [SEG].", 0, 0, 0, "exactly: the case counts"),
+    ("The target is dog. It is [SEG]!", 0, 0, 0, "another mark"),
+    ("The target is dog. It is [SEG] .", 0, 0, 0, "a space before the full stop"),
+    ("The target is dog. It is [SEG]. Good.", 0, 0, 0, "a sentence follows"),
+    ("The target is dog. It is", 0, 0, 0, "cut off"),
+    ("The target is dog.", 0, 0, 0, "no [SEG]"),
+    ("", 0, 0, 0, "empty"),
+]
+
+
+def of_the_paper(text: str) -> bool:
+    """The final sentence, cut off by hand, is "It is [SEG]"."""
+    pieces = [piece for piece in re.split(r"(?<=[.!?])[\"”)]*\s+|\n", text.strip()) if piece]
+    return bool(pieces) and pieces[-1].removesuffix(".") == "It is [SEG]"
+
+
+def of_the_released_code(text: str) -> bool:
+    """LISA_grpo.py:159-165."""
+    return text.replace("<|im_end|>", "").endswith("It is [SEG].")
+
+
+@pytest.mark.parametrize(("text", "paper", "released", "ours", "why"), FORMATS)
+def test_the_format_has_one_rule(text: str, paper: int, released: int, ours: int, why: str) -> None:
+    assert (of_the_paper(text), of_the_released_code(text)) == (bool(paper), bool(released)), why
+    assert well_formed(text) == bool(ours) == bool(paper), why
+    sample = make_sample(0)
+    assert format_reward(Judged(text, sample, 0.5, has_seg=True, truncated=False, tokens=9)) == ours, why
+    assert score_row(sample, make_prediction(sample, text=text), ()).well_formed == bool(ours), why
+
+
+def test_the_ending_is_cut_off_in_any_case_of_letters() -> None:
+    assert [without_ending(text) for text in ("A. It is [SEG].", "A.\nit is [seg] . ", " A. ", "It is [SEG]")] == [
+        "A.", "A.", "A.", ""]
 
 
 def test_reasoning_is_told_into_its_four_steps():

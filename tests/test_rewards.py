@@ -12,7 +12,6 @@ import torch
 from model.objectives.rewards import (
     Judged,
     class_reward,
-    format_reward,
     frame_iou,
     iou_reward,
     load_rewards,
@@ -36,28 +35,6 @@ ROOT = Path(__file__).resolve().parent.parent
 def judged(text: str, class_name: str = "dog", iou: float = 0.5, has_seg: bool = True) -> Judged:
     sample = replace(tiny_sample(0), class_name=class_name)
     return Judged(text, sample, iou, has_seg, truncated=False, tokens=len(text.split()))
-
-
-@pytest.mark.parametrize(
-    ("text", "reward", "reason"),
-    [
-        ("I hear a bark. The target is dog. It is [SEG].", 1, "the paper's form"),
-        ("The target is dog. It is [SEG]", 1, "the full stop is optional: the paper writes none"),
-        ("It is [SEG].", 1, "the last sentence may be the only one"),
-        ("The target is dog.\nIt is [SEG].\n", 1, "a line break ends a sentence; outer space does not count"),
-        ("Is it the dog? It is [SEG].", 1, "any mark may end the sentence before"),
-        ("The target is dog. It is [SEG]. Good.", 0, "a sentence follows"),
-        ("The target is dog. it is [SEG].", 0, "exactly: the case counts"),
-        ("The target is dog. It is dog [SEG].", 0, "another sentence"),
-        ("The target is dog, so It is [SEG].", 0, "only the end of a longer sentence"),
-        ("The target is dog. It is [SEG]!", 0, "another mark"),
-        ("The target is dog. It is", 0, "cut off"),
-        ("The target is dog.", 0, "no [SEG]"),
-        ("", 0, "empty"),
-    ],
-)
-def test_format(text: str, reward: float, reason: str) -> None:
-    assert format_reward(judged(text)) == reward, reason
 
 
 @pytest.mark.parametrize(

@@ -97,25 +97,6 @@ def test_failed_generation_is_an_empty_mask_and_listed():
     assert got["per_expression"]["F"] == pytest.approx(100 * floor.item(), abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [
-        ("I see a cat. The target is the cat. It is [SEG].", True),
-        ("It is [SEG].", True),
-        ("It is cat [SEG].", True),
-        ("It is hair-dryer [SEG].", True),
-        ("It is [SEG]. ", False),
-        ("It is [SEG]", False),
-        ("The target is the cat.", False),
-        ("Bit is [SEG].", False),
-        ("", False),
-    ],
-)
-def test_format(text, wanted):
-    sample = make_sample(0)
-    assert score_row(sample, make_prediction(sample, text=text), ()).well_formed == wanted
-
-
 def test_unknown_chains_are_not_judged():
     sample = make_sample(0, truth=None)
     got = score_split([score_row(sample, make_prediction(sample), PROTOCOLS, right_class)], PROTOCOLS)

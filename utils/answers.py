@@ -1,4 +1,10 @@
-"""What an answer says: the class that it names."""
+"""What an answer says: whether it ends as it must, and the class that it names.
+
+| rule | paper | released code | here |
+|---|---|---|---|
+| format | the final sentence is "It is [SEG]" (3.3) | the text ends with "It is [SEG]." (LISA_grpo.py:159-165) | the paper's, for reward and evaluation: `well_formed` |
+| class | "the target is {class_name}" (3.1) | one word of the second-to-last piece (LISA_grpo.py:173-176) | the whole name behind the last such phrase: `parse_answer` |
+"""  # noqa: E501 (a table)
 
 from __future__ import annotations
 
@@ -12,6 +18,26 @@ _NAME = re.compile(rf"[{_QUOTES}]*\s*([^\W_](?:[\w\s-]|['’](?=\w))*)")
 """Words, digits, hyphens, underscores, inner apostrophes; anything else (a full stop, a quote, "[") ends the name."""
 
 _NEXT_SENTENCE = re.compile(r"\s+it\s+is\b.*", re.IGNORECASE | re.DOTALL)
+
+
+ENDING = "It is [SEG]."
+"""What every answer ends in (paper 3.1); `[SEG]` stands for the token of the loaded tokenizer."""
+_WELL_FORMED = re.compile(rf"(?:^|[.!?\n][{_QUOTES})]*)\s*It is \[SEG\]\.?\s*$")
+_ENDING = re.compile(r"\s*It is \[SEG\]\s*\.?\s*$", re.IGNORECASE)
+
+
+def well_formed(text: str) -> bool:
+    """Whether the last sentence of an answer is exactly "It is [SEG]" (paper 3.3); its full stop is optional.
+
+    A sentence ends at ".", "!", "?" or a line break; quotes and brackets that close behind the mark belong to it. The
+    released code asks for the last characters alone, so that "..., so It is [SEG]." passes there.
+    """
+    return _WELL_FORMED.search(text) is not None
+
+
+def without_ending(text: str) -> str:
+    """An answer without its last "It is [SEG].", in any case of letters, and without outer spaces."""
+    return _ENDING.sub("", text).strip()
 
 
 def parse_answer(text: str) -> str | None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.answers import well_formed
 from utils.metrics import Counts, Scores, count_frames, score_counts
 from utils.metrics_protocols import fit_logits, fit_masks, get_protocol
 from utils.types import Prediction, Sample
@@ -32,7 +33,7 @@ EMPTY_LOGIT = -1e4
 ROW_PROTOCOL = "per_expression"
 """The protocol under which a single row has a score of its own; always computed."""
 
-_FORMAT = re.compile(r"(?:^|\s)It is (?:(?P<name>[a-z][a-z -]*) )?\[SEG\]\.$")
+_SHORT_ANSWER = re.compile(r"(?:^|\s)It is (?P<name>[a-z][a-z -]*) \[SEG\]\.$")
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ class RowResult:
 
     @property
     def well_formed(self) -> bool:
-        """Whether the answer ends in "It is [SEG]." or "It is {class} [SEG]." (paper 3.3, format reward)."""
-        return _FORMAT.search(self.text) is not None
+        """Whether the last sentence is "It is [SEG]", as the format reward asks (paper 3.3)."""
+        return well_formed(self.text)
 
     @property
     def row_scores(self) -> Scores:
@@ -193,7 +194,7 @@ def pooled_scores(results: Sequence[RowResult], protocol: str) -> dict[str, floa
 
 def _short_answer(text: str) -> str | None:
     """X of "It is X [SEG].", the answer of a teacher."""
-    found = _FORMAT.search(text)
+    found = _SHORT_ANSWER.search(text)
     return found["name"] if found else None
 
 

@@ -8,7 +8,7 @@ from dataset.annotate.backend import Reply, Request
 from dataset.annotate.engine import Judge, Verdict
 from dataset.annotate.prompts import Style
 from dataset.cot import MAX_CHARACTERS
-from utils.answers import parse_answer
+from utils.answers import parse_answer, without_ending
 
 SHORTEST = 60
 """Characters; a shorter text cannot hold four steps."""
@@ -34,8 +34,7 @@ def tidy(text: str, style: Style) -> str:
     text = " ".join(text.replace("**", "").split())
     if style == "flexible":
         text = re.sub(r"^reasoning( process)?\s*:\s*", "", text, flags=re.IGNORECASE)
-    text = re.sub(r"\s*It is \[SEG\]\s*\.?\s*$", "", text, flags=re.IGNORECASE)
-    return _TARGET.sub(lambda m: f"the target is {m[1] or ''}{m[2].strip()}.", text)
+    return _TARGET.sub(lambda m: f"the target is {m[1] or ''}{m[2].strip()}.", without_ending(text))
 
 
 def problems(text: str, target: str, style: Style) -> tuple[str, ...]:

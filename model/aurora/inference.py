@@ -15,11 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from model.aurora.generation import generate
 from model.aurora.model import EMPTY_LOGIT, AuroraModel, evaluating
-from utils.answers import parse_answer
+from utils.answers import ENDING, parse_answer
 from utils.types import Batch, Generation, MediaFeatures, Prediction
-
-APPENDED = "It is [SEG]."
-"""Ending of a well-formed answer (paper section 3.1)."""
 
 
 @torch.no_grad()
@@ -78,10 +75,10 @@ def _append_seg(
     model: AuroraModel, batch: Batch, media: MediaFeatures, tokenizer: PreTrainedTokenizerBase, answers: Generation
 ) -> tuple[Tensor, Tensor]:
     """Hidden states [B,D] with those of failed answers read behind an appended "It is [SEG].", and their flags [B]."""
-    ending = torch.tensor(tokenizer.encode(APPENDED, add_special_tokens=False))
+    ending = torch.tensor(tokenizer.encode(ENDING, add_special_tokens=False))
     if int((ending == model.seg_token_id).sum()) != 1:
         raise ValueError(
-            f"the tokenizer writes {APPENDED!r} without [SEG] (id {model.seg_token_id}): {ending.tolist()}"
+            f"the tokenizer writes {ENDING!r} without [SEG] (id {model.seg_token_id}): {ending.tolist()}"
         )
     failed = (~answers.has_seg).nonzero().flatten()
     rows = failed.tolist()

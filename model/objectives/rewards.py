@@ -2,7 +2,7 @@
 
 | reward | paper | published code | here |
 |---|---|---|---|
-| format | 1 if the final sentence is "It is [SEG]" | ends with "It is [SEG]." | the paper's; the full stop is optional |
+| format | 1 if the final sentence is "It is [SEG]" | ends with "It is [SEG]." | the paper's, see `utils.answers.well_formed`; the full stop is optional |
 | iou | IoU of predicted and true mask | mean over frames; empty truth: share of true negatives | the same (J of `utils.metrics`), 0 without [SEG] |
 | class | "the target is {class_name}": 1 if right | 0/1/2 by one word (`\\w+`) of the second-to-last piece between `,.!?` (LISA_grpo.py:167-185) | the whole name; `grpo.class_scoring: released` scores as released |
 | coefficients | 1 each | 1 each | `grpo.reward_weights`; 0 logs a reward without using it |
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from utils.answers import parse_answer
+from utils.answers import parse_answer, well_formed
 from utils.errors import ConfigError, Problem
 from utils.types import Sample
 
@@ -45,14 +45,12 @@ class Judged:
 
 Reward = Callable[[Judged], float]
 
-_LAST_SENTENCE = re.compile(r"(?:^|[.!?\n])\s*It is \[SEG\]\.?\s*$")
 _RELEASED_CLASS = re.compile(r"the target is (?:the )?(\w+)", re.IGNORECASE)
-PUBLISHED_FORMAT = "It is [SEG]."
 
 
 def format_reward(answer: Judged) -> float:
     """1 if the last sentence is exactly "It is [SEG]", with or without a full stop (paper 3.3), else 0."""
-    return float(_LAST_SENTENCE.search(answer.text) is not None)
+    return float(well_formed(answer.text))
 
 
 def iou_reward(answer: Judged) -> float:
