@@ -116,7 +116,13 @@ class DataConfig(Section):
         "data/refavs", "folder of the benchmark (Ref-AVS: metadata.csv, media/, gt_mask/; AVSBench: see "
         "dataset/avsbench.py)", "path", "published code", min_length=1
     )
-    cot: tuple[Name, ...] = knob((), "JSONL files of reasoning records, keyed by metadata row", "paths", "paper 3.1")
+    cot: tuple[Name, ...] = knob(
+        (),
+        "JSONL files of reasoning records, keyed by metadata row; where any are listed, only rows with a record are "
+        "trained on, whatever the answer holds",
+        "paths",
+        "paper 3.1",
+    )
     train_split: Literal["train", "val"] = knob("train", "split that is trained on", "name", "paper 4.1")
     null_rows: bool = knob(
         True, "keep the rows whose reference matches nothing (empty masks)", "flag", "published code"

@@ -14,7 +14,7 @@ from dataset.collate import build_loader
 from dataset.cot import read_cot, rows_with_reasoning
 from dataset.mixture import MixtureSampler
 from dataset.processor import AuroraProcessor
-from dataset.prompt import NEED_REASONING, Prompts
+from dataset.prompt import Prompts
 from dataset.refavs import RefAvsIndex
 from dataset.reflective import read_reflective
 from dataset.truth import ClipIndex
@@ -65,7 +65,8 @@ def training_clips(
 
     Stage reflective trains on two sources: the reflective paths, then the standard ones.
 
-    Rows without a usable reasoning are an error or left out, as `data.incomplete_reasoning` says.
+    Where `data.cot` lists records, rows without a usable one are an error or left out, as `data.incomplete_reasoning`
+    says, whatever the answer holds: runs with and without reasoning (paper Table 2) are trained on the same rows.
 
     Raises:
         DataError: metadata or reasoning files are faulty, or no row is left.
@@ -76,7 +77,7 @@ def training_clips(
     cot = {}
     distils = config.stage == "sft" and config.loss.distill > 0
     teacher_answer = config.sft.teacher_answer if distils else None
-    if data.answer in NEED_REASONING or teacher_answer in NEED_REASONING:
+    if data.cot:
         cot = read_cot(data.cot, index, too_long=data.incomplete_reasoning)
         if data.incomplete_reasoning == "drop":
             complete = rows_with_reasoning(rows, cot)

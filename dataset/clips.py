@@ -64,7 +64,7 @@ class ClipDataset(Dataset[Sample]):
         rows: the rows, in the order of `dataset[i]`.
         processor: preprocessing at the model's sizes.
         prompts: writes prompt and answer ids.
-        cot: reasoning records by row; needed for every row if an answer kind is one of NEED_REASONING.
+        cot: reasoning records by row, of every row; may be left out if no answer kind is one of NEED_REASONING.
         settings: see ClipSettings.
 
     Raises:
@@ -85,7 +85,7 @@ class ClipDataset(Dataset[Sample]):
         self.index, self.rows = index, Packed(rows)
         self.processor, self.prompts, self.settings = processor, prompts, settings
         self.cot = PackedMap(cot or {})
-        if settings.answer in NEED_REASONING or settings.teacher_answer in NEED_REASONING:
+        if cot or settings.answer in NEED_REASONING or settings.teacher_answer in NEED_REASONING:
             _check_reasoning(rows, cot or {})
         self._newest: dict[str, tuple[str, Any]] = {}
         self._other: dict[tuple[str, str], str] = {}

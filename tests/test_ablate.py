@@ -96,6 +96,10 @@ def test_rows_differ_from_the_paper_s_method_in_what_they_say() -> None:
         assert seg.loss.ce == 0 < seg.loss.bce and mllm.loss.bce + mllm.loss.dice == 0 < mllm.loss.ce
         assert config("mllm_seg", scale).loss == seg.loss and config("seg_mllm", scale).loss == mllm.loss
         assert config("wo_mllm", scale).model.prompter == "text_encoder"
+        assert config("cot", scale).data.cot, "its rows are those with a reasoning"
+        for name in ("wo_cot", "wo_mllm"):
+            rows = {"answer": "reasoning"}
+            assert config(name, scale).data.model_copy(update=rows) == config("cot", scale).data, "the same rows"
     assert config("wo_mllm").model.text_encoder and config("wo_mllm", "mini").model.text_encoder is None
     sft = load_config(ROOT / "configs/sft.yaml", ["output_dir=x"])
     assert config("cot").model_copy(update={"output_dir": "x"}) == sft

@@ -173,6 +173,24 @@ def test_sources_are_mixed_by_count_and_seed(tmp_path: Path, prompts: Prompts) -
         training_batches(reflective_config(world, path, cot, standard_count=9), clips)
 
 
+@pytest.mark.parametrize("answer", ["reasoning", "plain"])
+def test_table_2_trains_with_and_without_reasoning_on_the_same_rows(
+    answer: str, tmp_path: Path, prompts: Prompts
+) -> None:
+    world, _ = make_files(tmp_path)
+    rows = [row for row in ROWS if row[2] == "train"]
+    cot = write_lines(tmp_path / "cot.jsonl", [
+        {"row": i, "uid": rows[i][1], "reasoning": "So the target is it.", "target": "it"} for i in (0, 2)
+    ])  # fmt: skip
+    data = {"root": str(world), "cot": (str(cot),), "answer": answer, "num_workers": 0}
+    alone = {"loss": {"distill": 0.0}, "sft": {"freeze_mask_decoder": False}}
+    config = run_config("sft", data={**data, "incomplete_reasoning": "drop"}, **alone)
+    assert [row.row for row in training_clips(config, SimpleNamespace(), prompts).rows] == [0, 2]
+    whole = run_config("sft", data=data, **alone)
+    with pytest.raises(DataError, match="2 of 4 rows have no reasoning"):
+        training_clips(whole, SimpleNamespace(), prompts)
+
+
 # ---- loss
 
 
