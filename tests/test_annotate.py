@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -137,6 +138,34 @@ def test_templates_are_filled_in_one_pass(tmp_path: Path) -> None:
     own.write_text("no slot")
     with pytest.raises(DataError, match="has no {reference}"):
         read_template("correct", own)
+
+
+PAPER_PROMPTS = {
+    "paper_6_1": "83acf25c25995dfaf884b9233483e4d87c3d90c7b7ce57e450a0182e105789cc",
+    "paper_6_2": "b40de655956f151996895083a5357058a9cf50a32f11241c191a8824441da916",
+}
+"""SHA-256 of the texts in sections 6.1 and 6.2, the places of reference and target printed as xxxxxx and xxxxx."""
+
+
+@pytest.mark.parametrize("name", PAPER_PROMPTS)
+def test_the_paper_s_prompts_are_shipped_word_for_word(name: str) -> None:
+    text = read_template(name).split("\nReference: {reference}\nThe LVLM’s answer: ")[0]
+    text = text.replace("{reference}", "xxxxxx").replace("{target}", "xxxxx")
+    assert hashlib.sha256(text.encode()).hexdigest() == PAPER_PROMPTS[name]
+    assert read_template("correct", Path(name)) == read_template(name)
+
+
+def test_reasoning_is_written_by_the_paper_s_prompt(world: Path, tmp_path: Path) -> None:
+    given = ["--data", str(world), "--limit", "2", "--mistakes", "0"]
+    prompts = {}
+    for name in ("cot_flexible", "paper_6_1"):
+        out = tmp_path / name / "train.jsonl"
+        template = ["--template", name] if name != "cot_flexible" else []
+        assert generate_cot.main([*given, "--out", str(out), *template]) == 0
+        prompts[name] = {p.read_text() for p in out.parent.rglob("*.json") if "prompt_sha256" in p.read_text()}
+    wanted = {name: hashlib.sha256(read_template(name).encode()).hexdigest()[:16] for name in prompts}
+    for name, texts in prompts.items():
+        assert texts and all(wanted[name] in text for text in texts)
 
 
 def test_secrets_are_cut_out() -> None:

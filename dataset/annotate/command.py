@@ -32,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser, default: str, expected_out: int
     add("--send", action="store_true", help="really send clips to the service; without it only the estimate is printed")
     add("--limit", type=int, help="the first so many rows")
     add("--again", action="store_true", help="ask about refused and blocked rows once more")
-    add("--template", type=Path, help="own prompt instead of the shipped one")
+    add("--template", type=Path, help="another prompt: paper_6_1, paper_6_2, or a file (dataset/annotate/prompts.py)")
     add("--concurrency", type=int, default=8, help="requests in flight (default: %(default)s)")
     add("--per-minute", type=float, help="requests started per minute (default: no limit)")
     add("--tries", type=int, default=3, help="replies per row before a refusal is final (default: %(default)s)")

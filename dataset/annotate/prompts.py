@@ -1,9 +1,16 @@
 """Prompts of the data engine, from template files (paper sections 6.1, 6.2 and 8.2).
 
-A template may be replaced by a file of one's own; {reference}, {target} and {wrong} are filled in. Departures from the
-paper's texts: the wanted ending "the target is X" is said in words, since training parses it; the reference in the
-example of 6.2 stands without quotes, since quotes mark edits there; "given Reference and Correct" reads "... Target".
-"""
+A template may be replaced by another shipped one or a file of one's own (`--template`); {reference}, {target} and
+{wrong} are filled in. The paper's texts are shipped word for word as `paper_6_1` and `paper_6_2` (to the second, which
+names no place for them, the three inputs are added behind its end). The defaults are ours, with these departures:
+
+| paper | `cot_flexible`, `correct` | why |
+|---|---|---|
+| 6.1: the example ends "the correct target is ”violin”" | "the target is violin", and the ending is asked for in words | section 3.1 and the class reward read "the target is {class_name}" |
+| 6.1: "the given Reference and Correct" | "... Reference and Target" | a slip |
+| 6.2: the reference of the example stands in quotes | without quotes | quotes mark edits there |
+| 6.2: marks within marks ("“should be “guitar” based ...”"); "The target is “man” but the correct answer ..." | marks once, "The target is ..." ends the answer | the gates refuse a reply that copies the paper's example: `marks_not_closed`, `wrong_target` |
+"""  # noqa: E501 (a table)
 
 from __future__ import annotations
 
@@ -26,13 +33,14 @@ def read_template(name: str, own: Path | None = None) -> str:
     """A template's text.
 
     Args:
-        name: cot_flexible, cot_fixed, correct or classify.
-        own: a file to use instead.
+        name: cot_flexible, cot_fixed, correct, classify, paper_6_1 or paper_6_2.
+        own: the name of another shipped template, or a file, to use instead.
 
     Raises:
         DataError: the file cannot be read, or has no place for the reference.
     """
-    path = own or FOLDER / f"{name}.txt"
+    shipped = FOLDER / f"{own or name}.txt"
+    path = shipped if own is None or shipped.is_file() else own
     try:
         text = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
