@@ -63,10 +63,12 @@ class ModelConfig(Section):
         "path", "ours: stands for ImageBind's text encoder (paper table 2), itself a CLIP text tower", min_length=1,
     )
     system_prompt: Literal["llama2", "qwen2", "none"] = knob(
-        "llama2", "system turn: LLaMA-2's safety text as published, Qwen2's own, or none", "name", "published code"
+        "llama2", "system turn: LLaMA-2's safety text as released, Qwen2's own, or none", "name",
+        "released code utils/sem_seg_dataset.py:513-519"
     )
     decode_frames_per_step: int | None = knob(
-        None, "frames of a clip that get a mask loss in a step (drawn by seed); null = all", "frames", "paper 3.1", ge=1
+        None, "frames of a clip that get a mask loss in a step (drawn by seed); null = all", "frames",
+        "released code LISA_sft_distill.py:186; the paper does not say it", ge=1
     )
 
 
@@ -125,7 +127,8 @@ class DataConfig(Section):
     )
     train_split: Literal["train", "val"] = knob("train", "split that is trained on", "name", "paper 4.1")
     null_rows: bool = knob(
-        True, "keep the rows whose reference matches nothing (empty masks)", "flag", "published code"
+        True, "keep the rows whose reference matches nothing (empty masks)", "flag",
+        "released code utils/sem_seg_dataset.py:386-407"
     )
     num_workers: int = knob(
         4, "decoding processes per rank; 0 = decode in the training process", "processes", "ours", ge=0
@@ -161,7 +164,7 @@ class DataConfig(Section):
         "error",
         "rows without a reasoning record, or with one of 2,000 characters or more: refuse the run, or leave them out",
         "name",
-        "published code sem_seg_dataset.py:402 drops",
+        "released code utils/sem_seg_dataset.py:398 drops",
     )
     feature_cache: Literal["none", "memory", "disk"] = knob(
         "none",

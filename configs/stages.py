@@ -105,7 +105,13 @@ class EvalConfig(Section):
     batch_size: int = knob(
         1, "clips generated at once per process", "clips", "published code train_ds_test.py:85", ge=1
     )
-    max_new_tokens: int = knob(512, "longest answer", "tokens", "ours: reflective paths are longer than 150", ge=1)
+    max_new_tokens: int = knob(
+        512,
+        "longest answer (released evaluation: 2048, LISA.py:199)",
+        "tokens",
+        "our choice: reflective paths fit",
+        ge=1,
+    )
     probe: Literal["none", "shuffle_audio", "zero_audio", "shuffle_video"] = knob(
         "none", "exchange or silence one modality: does the model use it?", "name", "ours"
     )

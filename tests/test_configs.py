@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from configs.schema import RunConfig
 from utils.config import check_paths, differences, git_state, load_config, save_config
@@ -52,6 +53,53 @@ def test_every_value_has_its_source(path: Path) -> None:
             assert re.match(SOURCE, comment), (
                 f"{path.name}:{number}: {line}"
             )
+
+
+NUMBER_SOURCE = (
+    r"paper (\d|eq\. \d|tables? \d)|(published|released) code [\w/]+\.py:\d+|(our choice|ours): \w"
+)
+
+
+def numbers_in(value: object) -> bool:
+    if isinstance(value, dict | list):
+        return any(map(numbers_in, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: str(path.relative_to(ROOT / "configs"))
+)
+def test_every_number_has_its_place_or_its_reason(path: Path) -> None:
+    """A section of the paper, a line of the released code, or our choice with the reason."""
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        found = re.match(r"\s*\w+: ([^#]+?)\s+# (.+)$", line)
+        if found and numbers_in(yaml.safe_load(found[1])):
+            assert re.match(NUMBER_SOURCE, found[2]), f"{path.name}:{number}: {line}"
+        elif not found and re.match(r"\s*\w+:\s*\S", line):
+            assert line.startswith("inherit:"), f"{path.name}:{number}: no source: {line}"
+
+
+def test_what_is_evaluated_is_what_the_last_stage_leaves() -> None:
+    left = f"{load_config(ROOT / 'configs/grpo.yaml').output_dir}/final"
+    assert load_config(ROOT / "configs/eval.yaml").eval.checkpoint == left
+    stages = (ROOT / "README.md").read_text(encoding="utf-8").split("configs/grpo.yaml")[1]
+    assert re.search(r"--config configs/eval\.yaml eval\.checkpoint=(\S+)", stages)[1] == left
+
+
+def test_sources_of_the_released_code_are_named_by_line() -> None:
+    """Lines that an audit against the released code corrected."""
+    lines = {
+        "eval.yaml": {"max_new_tokens": "LISA.py:199"},
+        "base.yaml": {
+            "system_prompt": "sem_seg_dataset.py:513-519",
+            "decode_frames_per_step": "LISA_sft_distill.py:186",
+            "incomplete_reasoning": "sem_seg_dataset.py:398",
+        },
+    }
+    for name, fields_ in lines.items():
+        text = (ROOT / "configs" / name).read_text(encoding="utf-8")
+        for field, source in fields_.items():
+            assert re.search(rf"^  {field}: .*{re.escape(source)}", text, re.M), field
 
 
 def test_paper_values() -> None:
