@@ -10,18 +10,20 @@ file in another order mislabels silently. Here every record names its row and re
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from dataset.refavs import RefAvsIndex, Row, Split
-from utils.answers import without_ending
+from utils.answers import plain_conclusion, without_ending
 from utils.errors import DataError
 
 MAX_CHARACTERS = 2000
 """A reasoning of this many characters or more is too long (AURORA utils/sem_seg_dataset.py:398)."""
 _SHOWN = 20
+_log = logging.getLogger("aurora.data")
 
 TooLong = Literal["error", "drop"]
 
@@ -91,6 +93,9 @@ def import_published(
 ) -> list[CotRecord]:
     """Records of the published positional list: element i belongs to the i-th row of the split in file order.
 
+    Conclusions such as "the correct target is “X”" (the example of the paper's section 6.1) become "the target is X.",
+    the words of section 3.1; their number is logged.
+
     Args:
         path: a JSON list of objects with the key `reasoning`.
         index: the official metadata; its rows of `split` (14,113 for train) must be as many as the elements.
@@ -117,7 +122,7 @@ def import_published(
             f"{path}: {found}, but split {split} has {len(rows)} rows; the file is a list joined by position. "
             "Remedy: use the reasoning file and the metadata.csv of one release."
         )
-    records, faults = [], []
+    records, faults, changed = [], [], 0
     for position, (element, row) in enumerate(zip(elements, rows, strict=True)):
         where = f"{path}, element {position} (row {row.row}, {row.uid})"
         reasoning = element.get("reasoning") if isinstance(element, dict) else None
@@ -127,10 +132,13 @@ def import_published(
             faults.append(f"{where}: {error}")
             continue
         if len(text) < MAX_CHARACTERS:
-            records.append(CotRecord(row.row, row.uid, text, row.class_name))
+            plain = plain_conclusion(text)
+            changed += plain != text
+            records.append(CotRecord(row.row, row.uid, plain, row.class_name))
         elif too_long == "error":
             faults.append(f"{where}: {_long(text)}")
     raise_faults(faults)
+    _log.info('%d of %d conclusions rewritten as "the target is X."', changed, len(records))
     return records
 
 

@@ -13,6 +13,7 @@ open (the service failed), 4 ended by the spending cap or by the service.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -62,6 +63,7 @@ def convert(options: argparse.Namespace, index: RefAvsIndex) -> int:
     """The published list as JSONL keyed by row; as many elements as the split has rows."""
     if options.out.exists():
         raise DataError(f"{options.out}: exists. Remedy: name another --out.")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     records = import_published(options.import_published, index, Split(options.split), too_long="drop")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_cot(options.out, records)

@@ -8,7 +8,7 @@ import pytest
 
 from model.objectives.rewards import Judged, format_reward
 from tests.evaluation_cases import make_prediction, make_sample
-from utils.answers import parse_answer, reasoning_steps, sentences, well_formed, without_ending
+from utils.answers import parse_answer, plain_conclusion, reasoning_steps, sentences, well_formed, without_ending
 from utils.scoring import score_row
 
 
@@ -32,6 +32,9 @@ from utils.scoring import score_row
         ("so the  target\nis the  big   Dog.", "big dog"),  # spaces collapse, letters are lowered
         ("the target is dog. Wait, no. the target is cat. It is [SEG].", "cat"),  # reflective paths: the last counts
         ("the target is dog. Wait. the target is", "dog"),  # ... that names something
+        ("the correct target is ”violin”. It is [SEG].", "violin"),  # the example of the paper's section 6.1
+        ("Thus the final target is the dog.", "dog"),
+        ("the target is dog. Wait. the correct target is cat.", "cat"),  # the last counts here too
         ("the target is girafe", "girafe"),  # cut at the length limit
         ("the target isn't a dog. It is [SEG].", None),  # not the phrase
         ("our targets are dogs", None),
@@ -88,6 +91,21 @@ def test_the_format_has_one_rule(text: str, paper: int, released: int, ours: int
     sample = make_sample(0)
     assert format_reward(Judged(text, sample, 0.5, has_seg=True, truncated=False, tokens=9)) == ours, why
     assert score_row(sample, make_prediction(sample, text=text), ()).well_formed == bool(ours), why
+
+
+@pytest.mark.parametrize(
+    ("reasoning", "plain"),
+    [
+        ("It sings, the correct target is ”violin”.", "It sings, the target is violin."),
+        ("It sings. The correct target is the “violin.”", "It sings. The target is the violin."),
+        ("the final target is hair-dryer", "the target is hair-dryer."),
+        ("So the target is dog.", "So the target is dog."),
+        ("the correct target is cat. No: the target is dog.", "the correct target is cat. No: the target is dog."),
+        ("It is a dog.", "It is a dog."),
+    ],
+)
+def test_conclusions_are_put_in_the_words_of_section_3_1(reasoning: str, plain: str) -> None:
+    assert plain_conclusion(reasoning) == plain
 
 
 def test_the_ending_is_cut_off_in_any_case_of_letters() -> None:

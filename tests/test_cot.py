@@ -94,6 +94,20 @@ def test_long_records_are_dropped_on_request(tmp_path: Path, index: RefAvsIndex)
     assert set(read_cot([path], index, too_long="drop")) == {1}
 
 
+def test_released_conclusions_are_put_in_the_words_that_are_read(
+    tmp_path: Path, index: RefAvsIndex, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The example of the paper's section 6.1 ends "the correct target is ”violin”"; section 3.1 does not."""
+    path = tmp_path / "reason.json"
+    elements = ["Hear, the correct target is ”cello”.", "So the target is hair-dryer. It is [SEG].", "Chain.", "x"]
+    path.write_text(json.dumps([{"reasoning": text} for text in elements]), encoding="utf-8")
+    with caplog.at_level("INFO", "aurora.data"):
+        records = import_published(path, index)
+    wanted = ["Hear, the target is cello.", "So the target is hair-dryer.", "Chain.", "x"]
+    assert [r.reasoning for r in records] == wanted
+    assert '1 of 4 conclusions rewritten as "the target is X."' in caplog.text
+
+
 def test_published_list_is_joined_by_position(tmp_path: Path, index: RefAvsIndex) -> None:
     path = tmp_path / "reason.json"
     elements = [{"reasoning": f"Chain {n}. It is [SEG]."} for n in range(4)]

@@ -59,6 +59,7 @@ def judged(text: str, class_name: str = "dog", iou: float = 0.5, has_seg: bool =
         ("Is it loud? the target is dog! It is [SEG].", "dog", 1, 2, "and so do ? and !"),
         ("The target is dog, the loud one. It is [SEG].", "dog", 1, 0, "a comma behind the name hides it"),
         ("Since it barks, the target is cat. It is [SEG].", "dog", 0, 1, "the phrase alone"),
+        ("So the correct target is dog. It is [SEG].", "dog", 1, 0, "the words of the example in section 6.1"),
         (FLEXIBLE, "cello", 1, 2, "the paper's own flexible example (8.2)"),
         ("", "dog", 0, 0, "empty"),
     ],

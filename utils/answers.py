@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import re
 
-_PHRASE = re.compile(r"\bthe\s+target\s+is\b\s*:?\s*(?:the\s+)?", re.IGNORECASE)
-"""Paper section 3.1, step 4: "the target is {class_name}"; the article is optional, as in the published code."""
+_TARGET_IS = r"\bthe\s+(?:correct\s+|final\s+)?target\s+is\b"
+_PHRASE = re.compile(rf"{_TARGET_IS}\s*:?\s*(?:the\s+)?", re.IGNORECASE)
+"""Paper section 3.1, step 4: "the target is {class_name}"; the article is optional, as in the released code. Texts that
+were written after the example of section 6.1 say "the correct target is" instead."""
 
 _QUOTES = "\"'`*“”‘’«»"
 _NAME = re.compile(rf"[{_QUOTES}]*\s*([^\W_](?:[\w\s-]|['’](?=\w))*)")
@@ -35,13 +37,24 @@ def well_formed(text: str) -> bool:
     return _WELL_FORMED.search(text) is not None
 
 
+_CONCLUSION = re.compile(
+    rf"\b(the)\s+(?:correct\s+|final\s+)?target\s+is\s+(the\s+)?[{_QUOTES}]*([^{_QUOTES}.\n]+?)[{_QUOTES}]*\s*[.!]*\s*[{_QUOTES}]*$",
+    re.IGNORECASE,
+)
+
+
+def plain_conclusion(reasoning: str) -> str:
+    """A reasoning with its end, "the correct target is “X”" (paper 6.1) or the like, as "the target is X." (3.1)."""
+    return _CONCLUSION.sub(lambda m: f"{m[1]} target is {m[2] or ''}{m[3].strip()}.", reasoning)
+
+
 def without_ending(text: str) -> str:
     """An answer without its last "It is [SEG].", in any case of letters, and without outer spaces."""
     return _ENDING.sub("", text).strip()
 
 
 def parse_answer(text: str) -> str | None:
-    """The class name X of the last "the target is X" in an answer, or None.
+    """The class name X of the last "the target is X" (or "the correct target is X") in an answer, or None.
 
     X may have several words and hyphens, may be preceded by "the" and stand in quotes; it ends at the first character
     that is no part of a name, at a line break, or where "It is" begins. The last occurrence counts, because a
@@ -67,7 +80,7 @@ def parse_answer(text: str) -> str | None:
 
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 _SIGNS = (
-    ("answer", re.compile(r"\bthe\s+target\s+is\b|\[SEG\]", re.IGNORECASE)),
+    ("answer", re.compile(rf"{_TARGET_IS}|\[SEG\]", re.IGNORECASE)),
     ("reflection", re.compile(r"\b(?:wait|re-?evaluat\w*|re-?examin\w*|re-?consider\w*|on second thought)\b", re.I)),
     ("reference", re.compile(r"\breference\b", re.IGNORECASE)),
 )

@@ -8,7 +8,7 @@ from dataset.annotate.backend import Reply, Request
 from dataset.annotate.engine import Judge, Verdict
 from dataset.annotate.prompts import Style
 from dataset.cot import MAX_CHARACTERS
-from utils.answers import parse_answer, without_ending
+from utils.answers import parse_answer, plain_conclusion, without_ending
 
 SHORTEST = 60
 """Characters; a shorter text cannot hold four steps."""
@@ -23,10 +23,6 @@ STEPS = {
 FIXED = re.compile(r"1\).*?2\).*?3\).*?4\).*?5\)", re.DOTALL)
 _LEAK = re.compile(r"\b(given|provided|correct) (target|answer)\b", re.IGNORECASE)
 _ENDING = re.compile(r"\bthe\s+target\s+is\s+(?:the\s+)?[^.!?]{1,60}\.$", re.IGNORECASE)
-_TARGET = re.compile(
-    r"the (?:correct |final )?target is (the )?[\"'“”‘’*]*([^\"“”‘’*.\n]+?)[\"'“”‘’*]*\s*[.!]*\s*[\"'”’*]*$",
-    re.IGNORECASE,
-)
 
 
 def tidy(text: str, style: Style) -> str:
@@ -34,7 +30,7 @@ def tidy(text: str, style: Style) -> str:
     text = " ".join(text.replace("**", "").split())
     if style == "flexible":
         text = re.sub(r"^reasoning( process)?\s*:\s*", "", text, flags=re.IGNORECASE)
-    return _TARGET.sub(lambda m: f"the target is {m[1] or ''}{m[2].strip()}.", without_ending(text))
+    return plain_conclusion(without_ending(text))
 
 
 def problems(text: str, target: str, style: Style) -> tuple[str, ...]:
