@@ -56,8 +56,6 @@ class Report:
     """Run of stage 3 -> groups of sampled answers, `report_samples.read_groups`."""
     gallery: Mapping[str, Any] = field(default_factory=dict)
     """`report_gallery.gallery_data`."""
-    mini: bool = False
-    """Whether the data are the synthetic mini world."""
 
 
 def render_page(report: Report) -> str:
@@ -70,14 +68,14 @@ def render_page(report: Report) -> str:
     )
     summary = report.summary
     origin = " · ".join(_origin(summary))
-    banner = f'<p class="banner">{escape(MINI_NOTE)}</p>' if report.mini else ""
+    banner = _banner(summary["stages"])
     header = f'<h1>{escape(report.title)}</h1><p class="meta">{escape(origin)}</p>{banner}'
     script = f"<script>{SCRIPT}</script>" if report.gallery.get("rows") else ""
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(report.title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><style>{CSS}</style></head><body>\n'
-        f"<header>{header}{headline(summary['stages'], report.mini)}</header>\n"
+        f"<header>{header}{headline(summary['stages'])}</header>\n"
         f'<nav class="top" aria-label="Sections">{links}</nav>\n<main>{body}</main>\n{script}</body></html>\n'
     )
 
@@ -89,9 +87,9 @@ def _sections(report: Report) -> list[tuple[str, str, str]]:
     compared = [comparison_block(c, i == 0) for i, c in enumerate(report.comparisons)]
     paired = "Each row against itself, as both evaluations answered the same question. A row's number opens its clip."
     return [
-        ("stages", "Stages", stage_tables(stages, report.mini)),
-        ("paper", "The paper's Table 1", paper_table(stages, report.mini)),
-        ("avsbench", "AVSBench", avsbench_tables(stages, report.mini)),
+        ("stages", "Stages", stage_tables(stages)),
+        ("paper", "The paper's Table 1", paper_table(stages)),
+        ("avsbench", "AVSBench", avsbench_tables(stages)),
         ("breakdown", "Breakdown", breakdown_tables(report.breakdowns) if report.breakdowns else ""),
         ("probes", "Does it listen and look?", probe_tables(stages, probes) if probes and stages else ""),
         ("compare", "Paired comparisons", note(paired) + "".join(compared) if compared else ""),
@@ -109,6 +107,15 @@ def _origin(summary: Mapping[str, Any]) -> list[str]:
     values = config.items() if isinstance(config, Mapping) else [("config", config)]
     commit = [f"git {summary['git']}"] if summary.get("git") else []
     return commit + [f"{name} {value if isinstance(value, str) else json.dumps(value)}" for name, value in values]
+
+
+def _banner(stages: Mapping[str, Any]) -> str:
+    """A warning where evaluations on synthetic clips are shown, which names them if there are others too."""
+    mini = [name for name, stage in stages.items() if stage.get("mini")]
+    if not mini:
+        return ""
+    which = "" if len(mini) == len(stages) else f" ({', '.join(mini)})"
+    return f'<p class="banner">{escape(MINI_NOTE + which)}</p>'
 
 
 def _curves(charts: Sequence[Chart]) -> str:

@@ -110,7 +110,15 @@ class Evaluation:
     @property
     def is_mini(self) -> bool:
         """Whether the data are synthetic: the mini world, or S4 made of it."""
-        return not MINI_FILES.isdisjoint(self.fact("files", {}))
+        return is_mini(self.fact("files", {}))
+
+
+def is_mini(files: Iterable[str]) -> bool:
+    """Whether an evaluation was made on synthetic data, told by the names of the files that its metrics.json lists.
+
+    Among them is every table in `data.root`; that folder's name may be anything.
+    """
+    return not MINI_FILES.isdisjoint(files)
 
 
 def find_evaluations(folder: Path, prefix: str = "") -> list[Evaluation]:

@@ -16,11 +16,12 @@ PROTOCOLS = {
 }
 METRICS = ("J", "F", "J&F")
 MINI_NOTE = "Mini world: synthetic clips. These numbers say nothing about Ref-AVS and do not compare with the paper's."
+MINI_TITLE = "Mini world (synthetic clips)"
 AVSBENCH = {"avsbench_s4": "AVSBench S4", "avsbench_ms3": "AVSBench MS3"}
 REFAVS_SPLITS = ("val", "test_s", "test_u", "test_n")
 
 
-def headline(stages: Mapping[str, Any], mini: bool) -> str:
+def headline(stages: Mapping[str, Any]) -> str:
     """The last stage at a glance; empty without a Ref-AVS evaluation of test_s."""
     found = [name for name, stage in _of_benchmark(stages, "refavs").items() if "J" in _open(stage, "test_s")]
     if not found:
@@ -34,15 +35,21 @@ def headline(stages: Mapping[str, Any], mini: bool) -> str:
     tiles = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{value:.1f}</dd></div>" for name, value in values.items() if value is not None
     )
-    where = "mini world, synthetic; " if mini else ""
+    where = "mini world, synthetic; " if stage.get("mini") else ""
     words = f"{found[-1]}: {where}protocol official, percent."
     return f'<dl class="tiles" aria-label="{escape(words)}">{tiles}</dl>{note(words)}'
 
 
-def stage_tables(stages: Mapping[str, Any], mini: bool) -> str:
-    """Every stage under both protocols; under the official one each is followed by what the paper reports for it."""
+def stage_tables(stages: Mapping[str, Any]) -> str:
+    """Every stage under both protocols, those of the mini world in tables of their own.
+
+    Under the official protocol each stage on Ref-AVS is followed by what the paper reports for it.
+    """
     ours = _of_benchmark(stages, "refavs")
-    return "".join(_stage_table(ours, protocol, mini) for protocol in PROTOCOLS)
+    real, mini = _of_data(ours, mini=False), _of_data(ours, mini=True)
+    tables = [_stage_table(real, protocol, False) for protocol in PROTOCOLS]
+    tables += [f"<h3>{escape(MINI_TITLE)}</h3>"] * bool(mini)
+    return "".join([*tables, *(_stage_table(mini, protocol, True) for protocol in PROTOCOLS)])
 
 
 def _stage_table(stages: Mapping[str, Any], protocol: str, mini: bool) -> str:
@@ -63,7 +70,7 @@ def _stage_table(stages: Mapping[str, Any], protocol: str, mini: bool) -> str:
                      counted])
         marks.append("")
         published = STAGES.get(stage_key(stage.get("trained", ""), stage.get("answer", "")))
-        if published and protocol == "official":
+        if published and protocol == "official" and not mini:
             heading, printed = f"paper: {published.method} ({published.group})", _published(published)
             rows.append([heading, *[None] * (len(header) - len(printed) - 5), *printed, *[None] * 4])
             marks.append("paper")
@@ -72,9 +79,10 @@ def _stage_table(stages: Mapping[str, Any], protocol: str, mini: bool) -> str:
     given = [name for name, stage in stages.items() if stage.get("answers") == "given"]
     if given:
         words += f" {', '.join(given)}: reads the true class instead of answering, as when it teaches."
-    if mini and "paper" in marks:
+    if mini:
         words += f" {MINI_NOTE}"
-    return table(f"Scores of the stages, protocol {protocol}", header, rows, marks, groups) + note(words)
+    label = f"Scores of the stages{' on the mini world' if mini else ''}, protocol {protocol}"
+    return table(label, header, rows, marks, groups) + note(words)
 
 
 def _columns(stages: Mapping[str, Any]) -> dict[str, str]:
@@ -83,35 +91,37 @@ def _columns(stages: Mapping[str, Any]) -> dict[str, str]:
     return {**val, **SPLITS, "test_n": "null"}
 
 
-def paper_table(stages: Mapping[str, Any], mini: bool) -> str:
-    """Table 1 of the paper with our stages below it."""
+def paper_table(stages: Mapping[str, Any]) -> str:
+    """Table 1 of the paper with our stages on Ref-AVS below it; those on synthetic clips have no place there."""
     rows: list[list[Cell]] = [[line.method, line.group, *_published(line)] for line in TABLE_1]
     marks = [""] * len(rows)
-    for name, stage in _of_benchmark(stages, "refavs").items():
+    for name, stage in _of_data(_of_benchmark(stages, "refavs"), mini=False).items():
         cells = [_open(stage, split).get(m) for split in SPLITS for m in METRICS]
         if any(cell is not None for cell in cells):
-            rows.append([name, "this report" + (", mini world" if mini else ""), *cells])
+            rows.append([name, "this report", *cells])
             marks.append("ours")
     if "ours" not in marks:
         return ""
     header = ["method", "kind", *METRICS * len(SPLITS)]
     groups = [("", 2), *((title, len(METRICS)) for title in SPLITS.values())]
     words = "Table 1 of the paper as printed (Mix J&F of CRAB and AURORA do not follow from their neighbours there). "
-    words += "Our rows: protocol official. " + (MINI_NOTE if mini else "")
+    words += "Our rows: protocol official, evaluated on Ref-AVS."
     return table("Table 1 of the paper and this report", header, rows, marks, groups) + note(words)
 
 
-def avsbench_tables(stages: Mapping[str, Any], mini: bool) -> str:
-    """AVSBench under its own protocol and per expression; S4 beside the paper's Table 6."""
-    return "".join(_avsbench_table(stages, benchmark, mini) for benchmark in AVSBENCH)
+def avsbench_tables(stages: Mapping[str, Any]) -> str:
+    """AVSBench under its own protocol and per expression; S4 of real clips beside the paper's Table 6."""
+    return "".join(
+        _avsbench_table(_of_data(stages, mini), benchmark, mini) for benchmark in AVSBENCH for mini in (False, True)
+    )
 
 
 def _avsbench_table(stages: Mapping[str, Any], benchmark: str, mini: bool) -> str:
-    title, ours = AVSBENCH[benchmark], _of_benchmark(stages, benchmark)
+    title, ours = AVSBENCH[benchmark] + (", synthetic clips" if mini else ""), _of_benchmark(stages, benchmark)
     if not ours:
         return ""
     rows: list[list[Cell]] = []
-    if benchmark == "avsbench_s4":
+    if benchmark == "avsbench_s4" and not mini:
         rows = [[name, "paper, Table 6", None, f"{j:.1f}", f"{f:.1f}", *[None] * 6] for name, (j, f) in TABLE_6.items()]
     marks = [""] * len(rows)
     for name, stage in ours.items():
@@ -119,7 +129,7 @@ def _avsbench_table(stages: Mapping[str, Any], benchmark: str, mini: bool) -> st
             found = stage[split]
             own, single = found if "J" in found else {}, found.get("per_expression", {})
             scores = [scores.get(m) for scores in (own, single) for m in METRICS]
-            rows.append([name, "this report" + (", synthetic" if mini else ""), split, *scores,
+            rows.append([name, "this report", split, *scores,
                          found.get("class_accuracy"), found["n"]])
             marks.append("ours")
     protocol = benchmark.removeprefix("avsbench_")
@@ -139,6 +149,11 @@ def _published(line: Published) -> list[Cell]:
 
 def _of_benchmark(stages: Mapping[str, Any], benchmark: str) -> dict[str, Any]:
     return {name: stage for name, stage in stages.items() if stage.get("benchmark", "refavs") == benchmark}
+
+
+def _of_data(stages: Mapping[str, Any], mini: bool) -> dict[str, Any]:
+    """The stages that were evaluated on synthetic clips, or the others."""
+    return {name: stage for name, stage in stages.items() if bool(stage.get("mini")) == mini}
 
 
 def _open(stage: Mapping[str, Any], split: str) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ from utils.curves import GRPO_FIGURES, charts_of_runs
 from utils.report import Report, render_page
 from utils.report_gallery import gallery_data, gallery_rows
 from utils.report_media import WIDTH, Drawn, MediaSource, draw_media, draw_sounds, empty_files
-from utils.report_runs import Evaluation, find_evaluations, pairs
+from utils.report_runs import Evaluation, find_evaluations, is_mini, pairs
 from utils.report_samples import read_groups
 from utils.results import write_bytes
 from utils.tables import format_table, mix_scores
@@ -41,7 +41,8 @@ def stage_summary(folder: Path) -> dict[str, Any]:
         Per split J, F, J&F (or S) under `protocol`, n, shares and "per_expression" with the same; `protocol`, official
         or that of AVSBench (the scores are left out where per_expression alone was asked for); `mix`, the mean of
         test_s and test_u; `kinds` and the shares of test_s (else of test, else of val) at the top; `answers`, whether
-        they were generated or given; `trained` and `answer`, the stage and the kind of answer; `benchmark`.
+        they were generated or given; `trained` and `answer`, the stage and the kind of answer; `benchmark`; `mini`,
+        whether the data are synthetic.
     """
     summary: dict[str, Any] = {}
     for path in sorted(folder.glob("*/metrics.json")):
@@ -49,6 +50,7 @@ def stage_summary(folder: Path) -> dict[str, Any]:
         scores, data = metrics["scores"], metrics.get("config", {}).get("data", {})
         protocol = next((name for name in metrics["protocols"] if name != ROW_PROTOCOL), ROW_PROTOCOL)
         summary |= {"benchmark": data.get("benchmark", "refavs"), "protocol": protocol}
+        summary["mini"] = is_mini(metrics.get("files", {}))
         summary |= {"answers": metrics.get("answers", "generated"), "trained": metrics.get("stage", "")}
         summary["answer"] = data.get("answer", "")
         kinds = {name: _group(group, protocol) for name, group in scores["kinds"].items()}
@@ -191,7 +193,6 @@ def write_report(
         charts=charts_of_runs([(name, folder / "metrics.jsonl") for name, folder in runs], CURVES),
         samples={name: groups for name, folder in runs if (groups := read_groups(folder))},
         gallery=gallery_data(shown, clips) if shown else {},
-        mini=any(e.is_mini for e in evaluations),
     )
     write_bytes(path, render_page(report).encode())
 
