@@ -51,16 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
     except AuroraError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
-    from utils.failures import run_command
+    from utils.failures import memory_advice, run_command
 
-    return run_command(lambda: run(config, options.fresh), INTACT, partial(memory_advice, options))
-
-
-def memory_advice(options: argparse.Namespace) -> str:
-    """What fills the GPU, and the cheapest change."""
-    from model.stages.planner import explain
-
-    return explain(Path(options.config), options.overrides)
+    advice = partial(memory_advice, options.config, options.overrides)
+    return run_command(lambda: run(config, options.fresh), INTACT, advice)
 
 
 def run(config: RunConfig, fresh: bool = False) -> None:

@@ -62,10 +62,9 @@ def guarded(path: str, overrides: Sequence[str], evaluate: Callable[[RunConfig, 
     except AuroraError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
-    from model.stages.planner import explain
-    from utils.failures import run_command
+    from utils.failures import memory_advice, run_command
 
-    return run_command(lambda: evaluate(config, stage), INTACT, lambda: explain(Path(path), overrides))
+    return run_command(lambda: evaluate(config, stage), INTACT, lambda: memory_advice(path, overrides))
 
 
 def evaluated_config(config: RunConfig, overrides: Sequence[str]) -> tuple[RunConfig, str]:

@@ -12,7 +12,6 @@ of docs/benchmarks.md, with the machine's name. Without a GPU it says so and wri
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import platform
 import subprocess
@@ -27,9 +26,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from configs.schema import RunConfig  # noqa: E402 - the project's root must be on the path first
+import torch  # noqa: E402 - the project's root must be on the path first
+
+from configs.schema import RunConfig  # noqa: E402
+from model.aurora.trained import save_trained  # noqa: E402
+from model.stages.bench import infer, random_batch, random_model, train  # noqa: E402
+from scripts.plan_memory import GB, Machine, Workload, make_plan  # noqa: E402
+from utils import distributed  # noqa: E402
 from utils.config import load_config  # noqa: E402
-from utils.memory_plan import GB  # noqa: E402
+from utils.results import write_bytes, write_json  # noqa: E402
 
 STAGES = ("teacher", "sft", "reflective", "grpo", "eval")
 DOCUMENT, RESULT = ROOT / "docs/benchmarks.md", ROOT / "runs/bench/gpu.json"
@@ -82,8 +87,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.case:
         print(json.dumps(run_case(Case(**json.loads(options.case)))))
         return 0
-    import torch
-
     if not options.tiny and not torch.cuda.is_available():
         print(
             "no CUDA GPU on this machine: nothing is measured and nothing written. The plan of every stage stands in "
@@ -135,44 +138,26 @@ def launch(case: Case) -> dict[str, Any]:
 
 def run_case(case: Case) -> dict[str, Any]:
     """Measure one case in this process (all processes call it; the main one's row counts)."""
-    import torch
-
-    from model.aurora.trained import save_trained
-    from model.stages.bench import infer, random_batch, random_model, train
-    from model.stages.footprint import measure
-    from model.stages.workload import Workload
-    from utils import distributed
-    from utils.memory_plan import make_plan
-
     with tempfile.TemporaryDirectory() as folder:
         config = case.config(Path(folder))
         device = distributed.start(config.engine.threads)
-        work = Workload.of_stage(config)
         model = random_model(config, device)
         if case.stage == "sft":
             save_trained(model, Path(config.sft.teacher_checkpoint))
-        batch = random_batch(model, work)
-        gc.collect()
+        batch = random_batch(model, Workload.of_stage(config))
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         clips, seconds = (infer if case.stage == "eval" else train)(model, batch, config, case.steps)
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-        reserved = torch.cuda.max_memory_reserved() if device.type == "cuda" else None
         world = distributed.world_size()
         distributed.stop()
-    zero = 0 if case.stage == "eval" else config.engine.zero_stage
-    footprint = measure(config, work=work)
-    plan = make_plan(footprint, world, zero, config.engine.accumulation, config.engine.offload, 0, 0)
-    return {
-        **asdict(case), "seconds": seconds, "clips_per_second": clips * world / seconds, "peak_bytes": peak,
-        "reserved_bytes": reserved, "planned_bytes": plan.total, "planned_peak": plan.peak, "work": asdict(work),
-    }  # fmt: skip
+    plan = make_plan(config, Machine(world, 0, reserve=0))
+    return {**asdict(case), "seconds": seconds, "clips_per_second": clips * world / seconds, "peak_bytes": peak,
+            "planned_bytes": plan.total, "planned_peaks": plan.peaks}  # fmt: skip
 
 
 def machine() -> dict[str, str]:
     """What a measurement belongs to."""
-    import torch
-
     card = torch.cuda.get_device_properties(0)
     return {
         "host": platform.node(), "gpu": f"{torch.cuda.device_count()} x {card.name}",
@@ -199,8 +184,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def write(rows: Sequence[dict[str, Any]], facts: dict[str, str]) -> None:
     """The JSON, and the table between the marks of the document."""
-    from utils.results import write_bytes, write_json
-
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     write_json(RESULT, {"machine": facts, "rows": list(rows)})
     named = ", ".join(f"{name} {value}" for name, value in facts.items())

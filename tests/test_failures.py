@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -13,10 +14,10 @@ import psutil
 import pytest
 import torch
 
-from model.stages.planner import explain
+from scripts.plan_memory import main
 from tests.tiny_run import ROOT, make_tiny_run
 from utils import failures
-from utils.failures import run_command
+from utils.failures import memory_advice, run_command
 
 INTACT = "the last checkpoint is intact"
 
@@ -76,9 +77,13 @@ def test_one_of_several_processes_ends_at_once(
     assert run_command(lambda: None, INTACT, str) == 0 and left == [1, 1, 0]
 
 
-def test_the_memory_plan_names_the_component_and_the_cheapest_change(tmp_path: Path) -> None:
-    text = explain(make_tiny_run(tmp_path), [])
-    assert "GB" in text and "most of it" in text and "Remedy: " in text and "scripts/plan_memory.py" in text
+def test_the_advice_is_a_command_that_names_the_cheapest_change(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    advice = memory_advice(str(make_tiny_run(tmp_path)), ["engine.zero_stage=2", "data.answer=plain"])
+    command = shlex.split(advice.partition("python ")[2].rstrip("."))
+    assert command[0] == "scripts/plan_memory.py" and main(command[1:]) == 0  # it fits, and yet a change is named
+    assert "The cheapest change:\n  engine.zero_stage=" in capsys.readouterr().out
 
 
 def test_processes_end_with_a_killed_launcher(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
+import shlex
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -27,7 +29,7 @@ def run_command(action: Callable[[], object], intact: str, memory: Callable[[], 
     Args:
         action: the command.
         intact: what is safe, for the message: "the last checkpoint is intact, and ...".
-        memory: what fills the GPU and what would help, asked for when its memory is exhausted.
+        memory: what to do when the GPU's memory is exhausted, see `memory_advice`.
     """
     status = 1
     try:
@@ -62,3 +64,11 @@ def explained(error: OSError | RuntimeError, intact: str, memory: Callable[[], s
     if "DataLoader worker" in str(error):
         return f"a decoding process was lost: {reason} Remedy: lower data.num_workers if memory is short; {intact}."
     return None
+
+
+def memory_advice(config: str, overrides: Sequence[str]) -> str:
+    """The command that says what fills the GPU of this run, and the cheapest change; nothing is planned in the run."""
+    card = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 48.0
+    options = ["--gpus", os.environ.get("WORLD_SIZE", "1"), "--gpu-gb", f"{card:.1f}", "--exhausted"]
+    command = ["python", "scripts/plan_memory.py", *options, "--config", config, *overrides]
+    return f"Remedy: the cheapest change, which this command names: {shlex.join(command)}."

@@ -13,7 +13,7 @@ from model.aurora.inference import predict
 from model.aurora.meta import build_meta_model
 from model.aurora.model import AuroraModel
 from model.stages.base import build_stage
-from model.stages.workload import Workload, fbank_frames
+from scripts.plan_memory import Workload, fbank_frames
 from utils.engine import build_engine
 from utils.types import VIDEO_PLACEHOLDER, Batch, Sample
 

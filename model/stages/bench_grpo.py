@@ -13,7 +13,7 @@ from model.aurora.model import AuroraModel
 from model.stages.bench import BenchTokenizer, random_batch, random_model
 from model.stages.grpo import GrpoStage
 from model.stages.plain_grpo import PlainGrpoStage
-from model.stages.workload import Workload
+from scripts.plan_memory import Workload
 from utils.config import load_config
 from utils.types import Batch, Generation, MediaFeatures, StepLoss
 
