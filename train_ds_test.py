@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.schema import RunConfig
+from configs.schema import EvalConfig, RunConfig
 from utils.config import check_paths, help_text, load_config
 from utils.errors import AuroraError, ConfigError, Problem
 
@@ -119,7 +119,9 @@ def run(config: RunConfig, stage: str) -> dict[str, Any]:
     # The teacher reads true answers; some are made from reasoning records, which only the mini world has for tests.
     known = read_cot(config.data.cot, index) if given in NEED_REASONING else {}
     true_answer = partial(answer_of, prompts, known, given) if given else None
-    predict = predictor(model, tokenizer, config.eval.max_new_tokens, true_answer)
+    predict = predictor(model, tokenizer, config.eval, true_answer)
+    if true_answer is None and distributed.is_main():
+        logger.info("answers are drawn %s", model.generation_defaults.greedy(config.eval.repetition_penalty))
 
     scores = {}
     for split in config.eval.splits:
@@ -173,7 +175,7 @@ def answer_of(prompts: Prompts, known: Mapping[int, CotRecord], kind: AnswerKind
 def predictor(
     model: AuroraModel,
     tokenizer: PreTrainedTokenizerBase,
-    max_new_tokens: int,
+    settings: EvalConfig,
     true_answer: Callable[[Sample], str] | None = None,
 ) -> Callable[[Batch], list[Prediction]]:
     """Batch -> predictions: generated answers, or true answers read as they stand."""
@@ -186,7 +188,8 @@ def predictor(
         if model.feature_cache.mode != "disk":
             model.feature_cache = FeatureCache("memory")
         if true_answer is None:
-            return predict(model, batch, tokenizer, max_new_tokens)
+            penalty = settings.repetition_penalty
+            return predict(model, batch, tokenizer, settings.max_new_tokens, repetition_penalty=penalty)
         return predict_given(model, batch, [true_answer(sample) for sample in batch.samples])
 
     return predict_batch

@@ -228,7 +228,7 @@ class EngineConfig(Section):
         "type in which the gradients of micro-batches are summed: the weights' own, or float32 (ZeRO 2 and 3); under "
         "bf16 the first is off by 0.2 % after 4, see docs/memory.md",
         "name",
-        "DeepSpeed's default, which the published code leaves alone",
+        "released code leaves DeepSpeed's default alone",
     )
     gradient_checkpointing: bool = knob(
         True, "recompute the language model's activations in backward", "flag", "published code train_ds.py:165"

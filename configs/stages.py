@@ -49,6 +49,20 @@ class GrpoConfig(Section):
     top_p: float = knob(
         0.9, "probability mass that is sampled from", "1", "published code LISA_grpo.py:433", gt=0, le=1
     )
+    top_k: int | None = knob(
+        None,
+        "most likely words that are sampled from; 0 = all, null = as generation_config.json of model.base (else 50)",
+        "words",
+        "released code LISA_grpo.py:430-434 leaves it to transformers",
+        ge=0,
+    )
+    repetition_penalty: float | None = knob(
+        None,
+        "divides logits of words the answer holds; 1 = none, null = as generation_config.json of model.base (else 1)",
+        "1",
+        "released code LISA_grpo.py:430-434 leaves it to transformers",
+        gt=0,
+    )
     max_new_tokens: int = knob(150, "longest answer", "tokens", "published code LISA_grpo.py:434", ge=1)
     clip_eps: float = knob(
         0.2, "the ratio is clipped below 1 - this", "1", "ours: GRPO's usual value, paper eq. 5 is silent", gt=0, lt=1
@@ -111,6 +125,14 @@ class EvalConfig(Section):
         "tokens",
         "our choice: reflective paths fit",
         ge=1,
+    )
+    repetition_penalty: float | None = knob(
+        None,
+        "of greedy answers: 1 = none, null = as generation_config.json of model.base (else 1), the only field of that "
+        "file that reaches a greedy answer",
+        "1",
+        "released code LISA.py:195-200 leaves it to transformers",
+        gt=0,
     )
     probe: Literal["none", "shuffle_audio", "zero_audio", "shuffle_video"] = knob(
         "none", "exchange or silence one modality: does the model use it?", "name", "ours"

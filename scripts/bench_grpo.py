@@ -42,6 +42,7 @@ except ImportError:
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.aurora.generation import generate  # noqa: E402 - the repository root must be on the path first
+from model.aurora.sampling import Sampling  # noqa: E402
 from model.aurora.shared_prompt import ATTENTION, score_answers  # noqa: E402
 from model.objectives.policy import token_log_probs  # noqa: E402
 from model.stages.bench_grpo import StepCase  # noqa: E402
@@ -132,7 +133,7 @@ class Case:
             _NoStop(),
             self.answers.shape[1],
             group=self.group,
-            temperature=1.0,
+            sampling=Sampling(1.0),
         )
         return torch.stack(drawn.token_ids)
 

@@ -42,7 +42,8 @@ def right_token(answer: Judged) -> float:
 
 def grpo_config(trainable: TrainableConfig = LORA, checkpointing: bool = False, **options: object) -> RunConfig:
     settings = {
-        "group_size": 3, "top_p": 1.0, "max_new_tokens": 8, "reward_module": "tests.grpo_cases:length_reward",
+        "group_size": 3, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "max_new_tokens": 8,
+        "reward_module": "tests.grpo_cases:length_reward",
         "reward_weights": {"format": 1.0, "iou": 1.0, "class": 1.0, "length_reward": 1.0},
     }  # fmt: skip
     return run_config(

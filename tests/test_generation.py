@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.aurora.generation import Sampling, generate, sampling_log_probs
+from model.aurora.generation import generate
 from model.aurora.inference import predict
 from model.aurora.model import EMPTY_LOGIT, AuroraModel
+from model.aurora.sampling import GenerationDefaults, Sampling, read_generation_defaults
 from tests.aurora_cases import (
     BASE,
     LORA,
@@ -25,6 +28,7 @@ from tests.aurora_cases import (
     tiny_model,
     tiny_sample,
 )
+from utils.errors import WeightsError
 from utils.types import Batch, Generation, MediaFeatures
 
 TOKENIZER = StubTokenizer()
@@ -98,7 +102,7 @@ def test_a_batch_equals_its_rows_alone(model: AuroraModel) -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_log_probs_equal_those_of_the_forward(model: AuroraModel, temperature: float) -> None:
     batch = three_clips()
-    drawn = run(model, batch, group=3, temperature=temperature, generator=torch.Generator().manual_seed(0))
+    drawn = run(model, batch, group=3, sampling=Sampling(temperature, generator=torch.Generator().manual_seed(0)))
     _, logits = forward_of(model, batch, drawn.token_ids, group=3)
     for answer, row, scores in zip(drawn.token_ids, logits, drawn.log_probs, strict=True):
         wanted = (row / temperature).log_softmax(-1).gather(-1, answer[:, None])[:, 0]
@@ -112,7 +116,7 @@ def test_a_group_shares_its_prompt(model: AuroraModel) -> None:
     ids = [g.tolist() for g in greedy.token_ids]
     assert ids == [a for row in single.token_ids for a in [row.tolist()] * 2]
     sampled = [
-        run(model, batch, group=4, temperature=1.0, generator=torch.Generator().manual_seed(s)).token_ids
+        run(model, batch, group=4, sampling=Sampling(1.0, generator=torch.Generator().manual_seed(s))).token_ids
         for s in (0, 0, 1)
     ]
     first, again, other = ([row.tolist() for row in rows] for rows in sampled)
@@ -163,7 +167,7 @@ def test_generation_leaves_the_mode_and_uses_no_dropout() -> None:
 def test_top_p_distribution_equals_the_loop() -> None:
     logits = 2 * torch.randn(5, 11, generator=torch.Generator().manual_seed(0))
     for temperature, top_p in ((1.0, 0.9), (0.5, 0.5), (2.0, 0.01)):
-        got = sampling_log_probs(logits, temperature, top_p)
+        got = Sampling(temperature, top_p).log_probs(logits, torch.empty(5, 0, dtype=torch.long))
         for row, scores in zip((logits / temperature).softmax(-1).tolist(), got, strict=True):
             kept, mass = [], 0.0
             for i in sorted(range(len(row)), key=lambda i: -row[i]):
@@ -181,11 +185,60 @@ def test_draws_follow_the_distribution() -> None:
     assert (torch.bincount(drawn, minlength=3) / 4000 - torch.tensor([0.5, 0.3, 0.2])).abs().max() < 0.03
 
 
-@pytest.mark.parametrize("settings", [{"temperature": -1.0}, {"top_p": 0.0}, {"group": 0}, {"max_new_tokens": 0}])
+def test_top_k_and_repetition_penalty_equal_the_loop() -> None:
+    """Rows that hold words 2 and 3: their logits pay the penalty first, then the three likeliest words remain."""
+    logits, answers = 2 * torch.randn(4, 9, generator=torch.Generator().manual_seed(1)), torch.tensor([[2, 3, 2]] * 4)
+    got = Sampling(0.7, 1.0, top_k=3, repetition_penalty=1.3).log_probs(logits, answers)
+    for row, scores in zip(logits.tolist(), got, strict=True):
+        for word in (2, 3):
+            row[word] = row[word] / 1.3 if row[word] > 0 else row[word] * 1.3
+        kept = sorted(range(9), key=lambda i: -row[i])[:3]
+        weights = torch.tensor([math.exp(row[i] / 0.7) if i in kept else 0.0 for i in range(9)])
+        torch.testing.assert_close(scores.exp(), weights / weights.sum(), atol=1e-6, rtol=1e-5)
+
+
+def test_a_penalty_reaches_greedy_answers(model: AuroraModel) -> None:
+    """As transformers draws them from embeddings, and by default as the base's generation_config.json says."""
+    batch = tiny_batch(tiny_sample(0))
+    plain, found = run(model, batch, 12), run(model, batch, 12, sampling=Sampling(repetition_penalty=4.0))
+    packed = model.pack(batch, None)
+    wanted = model.backbone.language_model.generate(
+        inputs_embeds=model.backbone.embed(packed, model.encode(batch)), attention_mask=packed.attention_mask.long(),
+        do_sample=False, repetition_penalty=4.0, max_new_tokens=12, eos_token_id=STOP, pad_token_id=0,
+    )  # fmt: skip
+    assert found.token_ids[0].tolist() == wanted[0].tolist() != plain.token_ids[0].tolist()
+    model.generation_defaults = GenerationDefaults(repetition_penalty=4.0)
+    by_default = run(model, batch, 12).token_ids[0].tolist()
+    model.generation_defaults = GenerationDefaults()
+    assert by_default == wanted[0].tolist()
+
+
+def test_what_a_folder_says_of_drawing_words(tmp_path: Path) -> None:
+    assert read_generation_defaults(tmp_path) == GenerationDefaults(50, 1.0)  # transformers' own
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"do_sample": true, "top_k": 20, "top_p": 0.8, "temperature": 0.7, "repetition_penalty": 1.05}')
+    assert read_generation_defaults(tmp_path) == GenerationDefaults(20, 1.05)
+    assert "repetition penalty 1.05" in str(read_generation_defaults(tmp_path).greedy())
+    assert read_generation_defaults(tmp_path).greedy(1.0) == Sampling()
+    for broken in ('{"repetition_penalty": -1}', '{"top_k": "many"}', "{"):
+        path.write_text(broken)
+        with pytest.raises(WeightsError, match="generation_config.json"):
+            read_generation_defaults(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"repetition_penalty": 0.0}]
+)
+def test_impossible_sampling_is_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        Sampling(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"group": 0}, {"max_new_tokens": 0}])
 def test_impossible_settings_are_refused(model: AuroraModel, settings: dict[str, object]) -> None:
     batch = tiny_batch(tiny_sample(0))
     arguments = {"max_new_tokens": 2, "tokenizer": TOKENIZER} | settings
-    with pytest.raises(ValueError, match="must be|at least"):
+    with pytest.raises(ValueError, match="at least"):
         generate(model, batch, MediaFeatures(None, None), **arguments)
 
 
@@ -229,7 +282,7 @@ def test_class_names_come_from_the_text(model: AuroraModel, monkeypatch: pytest.
 def test_cross_entropy_of_drawn_answers_is_the_mean_log_prob(model: AuroraModel) -> None:
     """Ties generation, splice and the labels of the forward together: rule 1 of the project."""
     batch = three_clips()
-    drawn = run(model, batch, temperature=1.0, generator=torch.Generator().manual_seed(3))
+    drawn = run(model, batch, sampling=Sampling(1.0, generator=torch.Generator().manual_seed(3)))
     output, _ = forward_of(model, batch, drawn.token_ids)
     wanted = -torch.cat(drawn.log_probs).mean()
     torch.testing.assert_close(

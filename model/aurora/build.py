@@ -11,6 +11,7 @@ from model.aurora.adapters import MASK_DECODER, apply_trainable, freeze
 from model.aurora.features import FeatureCache, tower_fingerprint
 from model.aurora.model import AuroraModel
 from model.aurora.prompter import build_prompter
+from model.aurora.sampling import read_generation_defaults
 from model.aurora.trained import load_mask_decoder, load_trained, read_trained
 from model.sam import build_segmenter
 from model.videollama2.weights import load_backbone
@@ -55,6 +56,7 @@ def build_model(
         config.data.feature_cache, Path(config.data.root) / ".features", lambda tower: tower_fingerprint(model, tower)
     )
     model.origin = config.model
+    model.generation_defaults = read_generation_defaults(config.model.base)
     evaluated = read_trained(config.eval.checkpoint) if config.stage == "eval" and config.eval.checkpoint else None
     apply_trainable(model, evaluated.trainable if evaluated else config.trainable)
     if evaluated:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from torch import Tensor
 from configs.schema import ModelConfig, TrainableConfig
 from model.aurora.adapters import MASK_DECODER, SEG_HEAD, apply_trainable, is_adapter
 from model.aurora.model import AuroraModel
+from model.aurora.sampling import GENERATION_CONFIG, read_generation_defaults
 from model.aurora.trained import (
     EXPORT_FORMAT,
     SETTINGS,
@@ -79,6 +81,8 @@ def save_pretrained(model: AuroraModel, folder: str | Path, merge: bool = True) 
         model.segmenter.sizes.to_json(folder / SAM_JSON)
         origin = origin.model_copy(update={"sam_type": SAM_JSON})
     if merge:
+        if (Path(origin.base) / GENERATION_CONFIG).is_file():
+            shutil.copyfile(Path(origin.base) / GENERATION_CONFIG, folder / GENERATION_CONFIG)
         origin = origin.model_copy(update={"base": ".", "sam_checkpoint": SAM})
     settings = {
         "format": EXPORT_FORMAT,
@@ -131,6 +135,7 @@ def from_pretrained(
     apply_trainable(model, trained.trainable)
     load_trained(model, trained)
     model.origin = origin
+    model.generation_defaults = read_generation_defaults(origin.base)
     return model.to(device, dtype).requires_grad_(False).eval()
 
 

@@ -10,13 +10,14 @@ rollouts run in train mode, LISA_grpo.py:436-449).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from model.aurora.model import AuroraModel, evaluating
+from model.aurora.sampling import Sampling
 from model.aurora.shared_prompt import PromptCache
 from utils.guards import check_logits
 from utils.types import Batch, Generation, MediaFeatures
@@ -33,52 +34,6 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str: ...
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen."""
-
-    temperature: float = 0.0
-    """0 = the most likely token."""
-    top_p: float = 1.0
-    """Mass of the most likely tokens that is drawn from; 1 = all."""
-    generator: torch.Generator | None = None
-    """Source of randomness, on any device; None = torch's own."""
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"temperature {self.temperature} must be >= 0 and top_p {self.top_p} in (0, 1]")
-
-    def draw(self, log_probs: Tensor) -> Tensor:
-        """[R,V] log-probabilities -> [R] token ids."""
-        if self.temperature == 0:
-            return log_probs.argmax(-1)
-        probabilities = log_probs.exp()
-        if self.generator is not None:
-            probabilities = probabilities.to(self.generator.device)
-        return torch.multinomial(probabilities, 1, generator=self.generator)[:, 0].to(log_probs.device)
-
-
-def sampling_log_probs(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Log-probabilities of the distribution that is sampled from.
-
-    softmax(logits / temperature); then, below top_p = 1, cut to the smallest set of most likely tokens whose mass
-    reaches top_p and normalised again. Greedy choice (temperature 0) reports the unscaled softmax.
-
-    Args:
-        logits: [...,V] of any float type.
-
-    Returns:
-        float32 [...,V], -inf outside the set.
-    """
-    log_probs = (logits.float() / (temperature or 1.0)).log_softmax(-1)
-    if top_p == 1:
-        return log_probs
-    ordered, order = log_probs.sort(dim=-1, descending=True)
-    mass_before = ordered.exp().cumsum(-1) - ordered.exp()
-    outside = torch.empty_like(mass_before, dtype=torch.bool).scatter(-1, order, mass_before >= top_p)
-    return log_probs.masked_fill(outside, float("-inf")).log_softmax(-1)
-
-
 @torch.no_grad()
 def generate(
     model: AuroraModel,
@@ -87,9 +42,7 @@ def generate(
     tokenizer: Tokenizer,
     max_new_tokens: int,
     group: int = 1,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    generator: torch.Generator | None = None,
+    sampling: Sampling | None = None,
     everyone: Callable[[bool], bool] | None = None,
 ) -> Generation:
     """Draw `group` answers for each of the B prompts of `batch`.
@@ -101,7 +54,7 @@ def generate(
         tokenizer: decodes the answers and names the stop token.
         max_new_tokens: longest answer, stop token included.
         group: answers per prompt; row b * group + g is answer g of prompt b.
-        temperature, top_p, generator: see `Sampling`.
+        sampling: how tokens are drawn; None = the most likely ones, under the base's own repetition penalty.
         everyone: given whether this process's answers are done, says whether those of all processes are. With it every
             process takes the same number of steps, which partitioned weights (ZeRO-3) need: a process that stopped
             early would leave the others waiting for its part of the next layer.
@@ -110,12 +63,12 @@ def generate(
         Generation of B * group answers.
 
     Raises:
-        ValueError: a setting outside its range.
+        ValueError: no new token, or no answer, is asked for.
         NonFiniteError: the logits are not finite, as in float16.
     """
     if max_new_tokens < 1 or group < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} and group {group} must be at least 1")
-    sampling = Sampling(temperature, top_p, generator)
+    sampling = model.generation_defaults.greedy() if sampling is None else sampling
     with evaluating(model):
         return _draw_answers(model, batch, media, tokenizer, max_new_tokens, group, sampling, everyone)
 
@@ -152,7 +105,8 @@ def _draw_answers(
             break
         logits = language_model.lm_head(hidden)
         check_logits(logits)
-        log_probs = sampling_log_probs(logits, sampling.temperature, sampling.top_p)
+        answers = torch.stack(tokens, 1) if tokens else drawn.new_empty(len(drawn), 0)
+        log_probs = sampling.log_probs(logits, answers)
         drawn = sampling.draw(log_probs)
         tokens.append(drawn)
         scores.append(log_probs.gather(-1, drawn[:, None])[:, 0])

@@ -26,6 +26,7 @@ def predict(
     tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
     fallback: Literal["empty", "append"] = "empty",
+    repetition_penalty: float | None = None,
 ) -> list[Prediction]:
     """Greedy answers and their masks.
 
@@ -34,6 +35,7 @@ def predict(
         batch: B clips; `masks` only give the native sizes.
         tokenizer: of the model, with [SEG].
         max_new_tokens: longest answer in tokens.
+        repetition_penalty: of the greedy choice; None = as generation_config.json of the base says.
         fallback: what an answer without [SEG] gets: an empty mask, or the mask of an appended "It is [SEG].".
 
     Returns:
@@ -46,7 +48,10 @@ def predict(
         raise ValueError(f"fallback is {fallback!r}; must be 'empty' or 'append'")
     with evaluating(model):
         media = model.encode(batch)
-        answers = generate(model, batch, media, tokenizer, max_new_tokens) if model.prompter.writes else None
+        answers = None
+        if model.prompter.writes:
+            greedy = model.generation_defaults.greedy(repetition_penalty)
+            answers = generate(model, batch, media, tokenizer, max_new_tokens, sampling=greedy)
         texts = [""] * len(batch) if answers is None else answers.texts
         if model.prompter.always_asks:
             packed = model.pack(batch, None if answers is None else answers.token_ids)

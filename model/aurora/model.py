@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from configs.schema import ModelConfig, TrainableConfig
 from model.aurora.features import FeatureCache
 from model.aurora.prompter import Prompter
+from model.aurora.sampling import GenerationDefaults
 from model.aurora.shared_prompt import ATTENTION, score_answers
 from model.objectives.policy import token_log_probs
 from model.sam import Segmenter
@@ -91,6 +92,8 @@ class AuroraModel(nn.Module):
         """What is trained, once `apply_trainable` has chosen it."""
         self.loaded_names: frozenset[str] = frozenset()
         """Parameters that came from a light checkpoint of an earlier stage, and so differ from the base."""
+        self.generation_defaults = GenerationDefaults()
+        """What the base's generation_config.json says of drawing words; for a model put together by hand, nothing."""
         self.origin: ModelConfig | None = None
         """Where base and SAM came from, for exports; None for a model that was put together by hand."""
 

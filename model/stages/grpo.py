@@ -9,7 +9,7 @@
 | eq. 8: + BCE + Dice | 2 BCE + 0.5 Dice of every answer, of those without [SEG] at an arbitrary position (LISA_grpo.py:499-505) | `grpo.mask_loss_on`; never without [SEG] | such an answer asks for no mask |
 | - | rollouts with dropout, clips encoded once per answer | eval mode throughout, clips encoded once, prompt read once per group | the first ratio is exactly 1; `model.aurora.shared_prompt` |
 | no learning rate, no warm-up (4.1) | 1e-5, warm-up 30 (train_ds.py:88, :342) | the same | a tenth of the rate of the stages with a cross entropy |
-| - | top_p .9 in sampling, not in scoring | the same: old and new are both scored without the cut | a ratio of two cut distributions may be 0 / 0 |
+| - | top_p .9, and top_k and repetition penalty of generation_config.json (else 50 and 1), in sampling, not in scoring | the same: old and new are both scored without cut and penalty | a ratio of two cut distributions may be 0 / 0 |
 
 The old log-probabilities are those of the first scoring pass after sampling: the weights have not moved yet, so that
 pass IS the sampling policy, in the very numerics of the later passes. Nothing is computed twice, and the first ratio is
@@ -18,6 +18,7 @@ exactly 1 in every precision; those that sampling itself saw differ by rounding 
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ from configs.schema import RunConfig
 from model.aurora.features import FeatureCache
 from model.aurora.generation import generate
 from model.aurora.model import AuroraModel
+from model.aurora.sampling import Sampling
 from model.objectives.policy import (
     GroupAdvantages,
     clipped_surrogate,
@@ -44,6 +46,8 @@ from model.stages.samples import Samples
 from utils import distributed
 from utils.errors import ConfigError, Problem
 from utils.types import Batch, Generation, GroupInputs, GroupOutput, MediaFeatures, StepLoss
+
+_log = logging.getLogger("aurora.grpo")
 
 TOWERS = ("backbone.vision_tower.", "backbone.mm_projector.", "backbone.audio_tower.", "backbone.mm_projector_a.")
 
@@ -89,6 +93,15 @@ class GrpoStage(Stage):
         g = config.grpo
         self.rewards = load_rewards(g.reward_weights, g.reward_module, g.class_scoring)
         self.reference = Reference(self.model) if g.beta > 0 else None
+        defaults = self.model.generation_defaults
+        self.sampling = Sampling(
+            g.temperature,
+            g.top_p,
+            defaults.top_k if g.top_k is None else g.top_k,
+            defaults.repetition_penalty if g.repetition_penalty is None else g.repetition_penalty,
+        )
+        if distributed.is_main():
+            _log.info("answers are drawn at %s", self.sampling)
         self.with_masks = g.mask_loss_on != "none"
         self._latest: Samples | None = None
         self._drawn_at: float | None = None
@@ -98,7 +111,7 @@ class GrpoStage(Stage):
         g = self.config.grpo
         media = self.model.encode(batch)
         answers = generate(
-            *(self.model, batch, media, self.tokenizer, g.max_new_tokens, g.group_size, g.temperature, g.top_p),
+            *(self.model, batch, media, self.tokenizer, g.max_new_tokens, g.group_size, self.sampling),
             everyone=distributed.all_true if self.config.engine.zero_stage == 3 else None,
         )
         return media, answers
@@ -171,7 +184,7 @@ class GrpoStage(Stage):
         parts |= {"loss": total, **rollout_scalars(prepared, output)}
         if prepared.tokens_per_second is not None:
             parts["tokens_per_second"] = torch.tensor(prepared.tokens_per_second)
-        if g.top_p == 1 and prepared.answers.log_probs is not None:
+        if self.sampling.is_plain and prepared.answers.log_probs is not None:
             answered = prepared.packed.mask
             seen = torch.cat(prepared.answers.log_probs)
             parts["sampling_gap"] = (prepared.old_log_probs[answered] - seen).abs().mean()

@@ -65,7 +65,8 @@ class PlainGrpoStage(GrpoStage):
         stop = self.tokenizer.convert_tokens_to_ids(STOP_TOKEN)
         drawn = model.backbone.language_model.generate(
             inputs_embeds=model.backbone.embed(packed, media), attention_mask=packed.attention_mask.long(),
-            do_sample=True, temperature=g.temperature, top_k=0, top_p=g.top_p, max_new_tokens=g.max_new_tokens,
+            do_sample=True, temperature=g.temperature, top_k=self.sampling.top_k, top_p=g.top_p,
+            repetition_penalty=self.sampling.repetition_penalty, max_new_tokens=g.max_new_tokens,
             num_return_sequences=g.group_size, eos_token_id=stop, pad_token_id=0,
         )  # fmt: skip
         ids = [self._cut(row, stop) for row in drawn.cpu()]
