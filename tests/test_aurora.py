@@ -161,16 +161,35 @@ def test_reuse_takes_frozen_features_and_renews_the_others() -> None:
     assert again.audio.requires_grad and not first.audio.requires_grad
 
 
+def test_towers_read_the_memory_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No copy before the transfer: rows picked by a list would leave the memory that the loader has pinned."""
+    model, batch = tiny_model().requires_grad_(False).eval(), three_clips()
+    read: dict[str, set[int]] = {}
+    towers = {"pixel_values": model.backbone.vision_tower, "fbank": model.backbone.audio_tower}
+    for name, tower in {**towers, "sam_pixels": model.segmenter.sam.image_encoder}.items():
+
+        def noted(x: torch.Tensor, name: str = name, run: object = tower.forward) -> torch.Tensor:
+            read.setdefault(name, set()).add(x.untyped_storage().data_ptr())
+            return run(x)
+
+        monkeypatch.setattr(tower, "forward", noted)
+    own = {name: {getattr(batch, name).untyped_storage().data_ptr()} for name in (*towers, "sam_pixels")}
+    for cache in ("none", "memory"):
+        model.encode(batch, cache=FeatureCache(cache))
+        assert read == own
+        read.clear()
+
+
 def test_cache_shares_equal_keys_and_keeps_no_batch_alive() -> None:
     cache, calls = FeatureCache("memory"), []
 
-    def compute(rows: list[int]) -> torch.Tensor:
-        calls.append(rows)
-        return torch.tensor([[10.0 * r] for r in rows])
+    def compute(rows: slice) -> torch.Tensor:
+        calls.append(rows.start)
+        return torch.tensor([[0.0], [10.0], [20.0]])[rows]
 
     assert cache.fetch("t", ["a", "b", "a"], compute).tolist() == [[0.0], [10.0], [0.0]]
     assert cache.fetch("t", ["b", "c"], compute).tolist() == [[10.0], [10.0]]
-    assert sum(calls, []) == [0, 1, 1] and len(cache) == 3 and cache.bytes == 12
+    assert calls == [0, 1, 1] and len(cache) == 3 and cache.bytes == 12
     assert cache.fetch("other", ["a"], compute).tolist() == [[0.0]]
     with pytest.raises(ValueError, match="folder"):
         FeatureCache("disk")
@@ -203,7 +222,7 @@ def test_features_on_disk_outlive_the_model_but_neither_its_weights_nor_the_medi
 def test_a_damaged_feature_on_disk_is_named(tmp_path: Path) -> None:
     def fetch() -> torch.Tensor:
         cache = FeatureCache("disk", tmp_path, lambda tower: "same")
-        return cache.fetch("tower", ["a"], lambda rows: torch.ones(len(rows), 2), torch.zeros(1, 3))
+        return cache.fetch("tower", ["a"], lambda rows: torch.ones(1, 2), torch.zeros(1, 3))
 
     fetch()
     (path,) = tmp_path.rglob("*.safetensors")

@@ -22,7 +22,18 @@ from model.stages import base
 from model.stages.base import answer_mask_losses, build_stage, combine, draw_frames
 from model.stages.sft import SftStage
 from model.stages.teacher import TeacherStage
-from tests.aurora_cases import LORA, SEG, WHOLE, run_config, stir, three_clips, tiny_batch, tiny_model, tiny_sample
+from tests.aurora_cases import (
+    FRAMES,
+    LORA,
+    SEG,
+    WHOLE,
+    run_config,
+    stir,
+    three_clips,
+    tiny_batch,
+    tiny_model,
+    tiny_sample,
+)
 from tests.tiny_run import ROOT, environment
 from utils.errors import ConfigError, WeightsError
 from utils.types import Batch
@@ -204,6 +215,37 @@ def test_teacher_is_asked_once_per_row(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(stage.model, "hidden_states", lambda *_: pytest.fail("computed again"))
     turned = tiny_batch(*reversed(batch.samples))
     assert torch.equal(stage.prepare(turned).teacher_features, first.flip(0))
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["frozen", "trained projector"])
+def test_towers_run_once_for_teacher_and_student(
+    shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frozen and equal towers see each clip once a micro-batch; a trained projector makes the features two."""
+    trainable = WHOLE.model_copy(update={"full": (r"language_model\.",)}) if shared else WHOLE
+    teacher, batch = make_teacher(tmp_path, trainable), three_clips()
+    stage = make_student(tmp_path, trainable)
+    clips = {"vision_tower": 0, "audio_tower": 0}
+    for name, rows_of_a_clip in (("vision_tower", FRAMES), ("audio_tower", 1)):
+        tower = stage.model.backbone.get_submodule(name)
+
+        def counted(x: Tensor, name: str = name, rows: int = rows_of_a_clip, run: object = tower.forward) -> Tensor:
+            clips[name] += len(x) // rows
+            return run(x)
+
+        monkeypatch.setattr(tower, "forward", counted)
+    prepared = stage.prepare(batch)
+    step = stage.loss(prepared)
+    assert set(clips.values()) == ({3} if shared else {6})
+    with torch.no_grad():
+        packed = teacher.pack(batch, [s.teacher_ids for s in batch.samples])
+        wanted = teacher(packed, teacher.encode(batch)).seg_features
+    torch.testing.assert_close(prepared.teacher_features, wanted, atol=1e-5, rtol=1e-4)
+    prepared.media = None
+    apart = stage.loss(prepared)
+    head = stage.model.text_hidden_fcs[0][0].weight
+    ours, theirs = (torch.autograd.grad(one.total, head)[0] for one in (step, apart))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
 def test_only_the_student_learns(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ class FeatureCache:
         self,
         tower: str,
         keys: Sequence[str],
-        compute: Callable[[list[int]], Tensor],
+        compute: Callable[[slice], Tensor],
         inputs: Tensor | None = None,
     ) -> Tensor:
         """Features of the B rows that `keys` name.
@@ -77,7 +77,8 @@ class FeatureCache:
         Args:
             tower: name of the tower.
             keys: B clip keys; equal keys share one entry.
-            compute: given row indices [R] of the batch, their features [R,...] on the compute device.
+            compute: given a slice of the batch's rows, their features [R,...] on the compute device. (A slice, as
+                indexing with a list would copy pinned rows into memory that is not.)
             inputs: [B,...] what the tower reads. Mode "disk" needs it: files are named by the input's digest, so that
                 a clip whose media changed is never served its old features.
 
@@ -85,14 +86,14 @@ class FeatureCache:
             [B,...] on the device of `compute`'s result, or on the CPU if nothing was new; from the memory bit for bit.
         """
         if self.mode == "none":
-            return compute(list(range(len(keys))))
+            return compute(slice(None))
         device = torch.device("cpu")
         kept: dict[str, Tensor] = {}
         for row, key in enumerate(keys):
             if key in kept:
                 continue
             path = self._path(tower, key, inputs[row]) if self.mode == "disk" else None
-            kept[key], source = self._get(tower, key, path, lambda row=row: compute([row])[0].detach())
+            kept[key], source = self._get(tower, key, path, lambda row=row: compute(slice(row, row + 1))[0].detach())
             device = device if source is None else source
         return torch.stack([kept[key] for key in keys]).to(device)
 

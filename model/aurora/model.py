@@ -231,15 +231,16 @@ class AuroraModel(nn.Module):
         video_keys, audio_keys = ([getattr(s, f"{kind}_key") for s in batch.samples] for kind in ("video", "audio"))
         clip_keys = [s.clip for s in batch.samples]
 
-        def patches(rows: list[int]) -> Tensor:  # [R,T,N,Dv]
-            frames = batch.pixel_values[rows].to(device, dtype)
+        # Cast on the device: a pinned tensor that changes its type on the way is copied through other memory first.
+        def patches(rows: slice) -> Tensor:  # [R,T,N,Dv]
+            frames = batch.pixel_values[rows].to(device, non_blocking=True).to(dtype)
             return backbone.vision_tower(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
 
-        def sounds(rows: list[int]) -> Tensor:  # [R,Ma,Da]
-            return backbone.audio_tower(batch.fbank[rows].to(device))
+        def sounds(rows: slice) -> Tensor:  # [R,Ma,Da]
+            return backbone.audio_tower(batch.fbank[rows].to(device, non_blocking=True))
 
-        def images(rows: list[int]) -> Tensor:  # [R,T,C,h,w]
-            return self.segmenter.encode(batch.sam_pixels[rows].to(device))
+        def images(rows: slice) -> Tensor:  # [R,T,C,h,w]
+            return self.segmenter.encode(batch.sam_pixels[rows].to(device, non_blocking=True))
 
         ready = MediaFeatures(None, None) if reuse is None else reuse
         found = MediaFeatures(None, None)
@@ -257,7 +258,7 @@ class AuroraModel(nn.Module):
         self,
         tower: str,
         projector: str,
-        compute: Callable[[list[int]], Tensor],
+        compute: Callable[[slice], Tensor],
         inputs: Tensor,
         keys: list[str],
         cache: FeatureCache,
@@ -266,7 +267,7 @@ class AuroraModel(nn.Module):
         """Tower, then projector; what can be kept is as much of the two as is frozen, from the input on."""
         project = self.backbone.get_submodule(projector)
         if not self.is_frozen(f"backbone.{tower}"):
-            return project(compute(list(range(len(keys)))))
+            return project(compute(slice(None)))
         if self.is_frozen(f"backbone.{projector}"):
             return self._frozen(projector, lambda rows: project(compute(rows)), inputs, keys, cache, ready)
         return project(self._frozen(tower, compute, inputs, keys, cache, None))
@@ -275,7 +276,7 @@ class AuroraModel(nn.Module):
     def _frozen(
         self,
         name: str,
-        compute: Callable[[list[int]], Tensor],
+        compute: Callable[[slice], Tensor],
         inputs: Tensor,
         keys: list[str],
         cache: FeatureCache,

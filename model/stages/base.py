@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from configs.schema import LossConfig, RunConfig
 from model.aurora.model import AuroraModel
 from model.objectives.mask import MaskLosses, loss_shape, mask_losses, shrink_target
-from utils.types import AuroraOutput, Batch, PackedInputs, StepLoss
+from utils.types import AuroraOutput, Batch, MediaFeatures, PackedInputs, StepLoss
 
 STAGES = {
     "teacher": "model.stages.teacher:TeacherStage",
@@ -79,6 +79,8 @@ class Prepared:
     """[B,C] f_t of paper eq. 2, or None without distillation."""
     teacher_has_seg: Tensor | None = None
     """bool [B]"""
+    media: MediaFeatures | None = None
+    """Video and sound as they were encoded for the teacher; None = encoded in the loss."""
 
 
 class SupervisedStage(Stage):
@@ -92,7 +94,7 @@ class SupervisedStage(Stage):
 
     def loss(self, prepared: Prepared) -> StepLoss:
         """Weighted sum of cross entropy, mask losses and, where a teacher was asked, distillation."""
-        media = self.model.encode(prepared.batch)
+        media = self.model.encode(prepared.batch, reuse=prepared.media)
         output = self.engine(prepared.packed, media, prepared.frame_index)
         masks = answer_mask_losses(
             self.model, output, prepared.batch, prepared.frame_index, longest=self.config.loss.mask_side

@@ -7,6 +7,7 @@
 | 3.1: the teacher is trained before | a second 7B model in memory | the teacher's trained tensors alone, swapped into the student for its pass | they are all that differs: megabytes with adapters |
 | 3.1: the student uses the teacher's SAM decoder, frozen | decoder trained in the trainer of the release (train_ds.py:280) | `sft.freeze_mask_decoder`, see `model.aurora.build` | the paper is explicit |
 | - | f_t computed at every step | kept by metadata row after the first time | teacher and media never change |
+| - | each model encodes video and sound | encoded once where no tower differs between the two | frozen towers and projectors are one |
 | eq. 1: sum over tokens | mean over the batch's answer tokens | mean | a sum would weigh long answers and outweigh the masks |
 | no learning rate, no warm-up (4.1) | 1e-4, warm-up 100, accumulation 10 in the only trainer with a cross entropy (train_ds_test.py:87, :315, :472); 1e-5 and 30 in the GRPO trainer (train_ds.py:88, :342) | 1e-4, warm-up 100; accumulation 4 | the rate belongs to its loss; the paper names the accumulation |
 """  # noqa: E501 (a table)
@@ -27,7 +28,7 @@ from model.aurora.trained import Trained, check_fit, read_trained
 from model.objectives.distill import feature_distillation
 from model.stages.base import Prepared, SupervisedStage
 from utils.errors import ConfigError, Problem
-from utils.types import AuroraOutput, Batch, PackedInputs
+from utils.types import AuroraOutput, Batch, MediaFeatures, PackedInputs
 
 TOWERS = ("backbone.vision_tower.", "backbone.mm_projector.", "backbone.audio_tower.", "backbone.mm_projector_a.")
 
@@ -53,7 +54,8 @@ class SftStage(SupervisedStage):
         """Lay the batch out and ask the teacher."""
         prepared = super().prepare(batch)
         if self.teacher is not None:
-            prepared.teacher_features, prepared.teacher_has_seg = self.teacher.features(batch)
+            prepared.media = self.teacher.shared_media(batch)
+            prepared.teacher_features, prepared.teacher_has_seg = self.teacher.features(batch, prepared.media)
         return prepared
 
     def distillation(self, prepared: Prepared, output: AuroraOutput) -> Tensor | None:
@@ -97,26 +99,48 @@ class FrozenTeacher:
             for name, x in trained.tensors.items()
         }
         self._pass = _SegPass(model)
-        # Features cached for the student hold for the teacher only if the teacher's towers are the student's.
-        own_towers = any(name.startswith(TOWERS) for name in trained.tensors)
-        self._cache = FeatureCache("none") if own_towers else None
+        # What is encoded for the student holds for the teacher only if their towers are equal, and stay so.
+        self._shares_towers = not any(
+            parameters[name].requires_grad or not torch.equal(parameters[name], self._tensors[f"model.{name}"])
+            for name in trained.tensors
+            if name.startswith(TOWERS)
+        )
         self._known: dict[int, tuple[Tensor, bool]] = {}
 
-    def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def shared_media(self, batch: Batch) -> MediaFeatures | None:
+        """Video and sound of B clips for teacher and student alike; None if a tower or projector of the two differs.
+
+        One clip at a time, so that not even the last bits of f_t depend on which clips a run happened to meet first.
+        """
+        if not self._shares_towers:
+            return None
+        found = [self._pass.model.encode(_one(batch, i), masks=False) for i in range(len(batch))]
+        return MediaFeatures(torch.cat([m.video for m in found]), torch.cat([m.audio for m in found]))
+
+    def features(self, batch: Batch, media: MediaFeatures | None) -> tuple[Tensor, Tensor]:
         """f_t [B,C] and whether the teacher's answer has a [SEG], bool [B].
+
+        Args:
+            batch: B clips.
+            media: their `shared_media`.
 
         Raises:
             ValueError: a sample without `teacher_ids`.
         """
         new = {s.row: i for i, s in enumerate(batch.samples) if s.row not in self._known}
         if new:
-            self._known.update(zip(new, self._compute([_one(batch, i) for i in new.values()]), strict=True))
+            clips = [_one(batch, i) for i in new.values()]
+            shared = [None if media is None else _rows_of(media, i) for i in new.values()]
+            self._known.update(zip(new, self._compute(clips, shared), strict=True))
         found = [self._known[s.row] for s in batch.samples]
         device = self._pass.model.device
         return torch.stack([f for f, _ in found]).to(device), torch.tensor([h for _, h in found], device=device)
 
     @torch.no_grad()
-    def _compute(self, clips: Sequence[Batch]) -> list[tuple[Tensor, bool]]:
+    def _compute(
+        self, clips: Sequence[Batch], shared: Sequence[MediaFeatures | None]
+    ) -> list[tuple[Tensor, bool]]:
         """Of each batch of one: f_t [C] on the CPU and whether there is a [SEG]."""
         unread = [str(clip.samples[0].row) for clip in clips if not len(clip.samples[0].teacher_ids)]
         if unread:
@@ -126,7 +150,7 @@ class FrozenTeacher:
         model = self._pass.model
         packed = [model.pack(clip, [clip.samples[0].teacher_ids]) for clip in clips]
         with evaluating(model):
-            found = functional_call(self._pass, self._tensors, (clips, packed, self._cache))
+            found = functional_call(self._pass, self._tensors, (clips, packed, shared))
         return [(f.to("cpu", copy=True), bool(p.has_seg[0])) for f, p in zip(found, packed, strict=True)]
 
 
@@ -142,11 +166,16 @@ def _one(batch: Batch, i: int) -> Batch:
     )
 
 
+def _rows_of(media: MediaFeatures, i: int) -> MediaFeatures:
+    rows = slice(i, i + 1)
+    return MediaFeatures(media.video[rows], media.audio[rows])
+
+
 class _SegPass(nn.Module):
     """Clips and answers to [SEG] features, as one module call: no lm_head, no masks.
 
-    One clip at a time, so that not even the last bits depend on which clips a run happened to meet first; all in one
-    call, since for a small model the exchange of the tensors costs as much as the pass.
+    One clip at a time, as in `FrozenTeacher.shared_media`; all in one call, since for a small model the exchange of the
+    tensors costs as much as the pass.
     """
 
     def __init__(self, model: AuroraModel) -> None:
@@ -154,11 +183,12 @@ class _SegPass(nn.Module):
         self.model = model
 
     def forward(
-        self, clips: Sequence[Batch], packed: Sequence[PackedInputs], cache: FeatureCache | None
+        self, clips: Sequence[Batch], packed: Sequence[PackedInputs], shared: Sequence[MediaFeatures | None]
     ) -> list[Tensor]:
-        """[C] per clip."""
+        """[C] per clip; a clip without shared media is encoded here, past the student's feature cache."""
         found = []
-        for clip, places in zip(clips, packed, strict=True):
-            hidden = self.model.hidden_states(places, self.model.encode(clip, masks=False, cache=cache))
+        for clip, places, media in zip(clips, packed, shared, strict=True):
+            media = media or self.model.encode(clip, masks=False, cache=FeatureCache("none"))
+            hidden = self.model.hidden_states(places, media)
             found.append(self.model.seg_features(hidden, places)[0])
         return found
