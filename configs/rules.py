@@ -112,6 +112,19 @@ def _teacher_rules(c: RunConfig) -> Iterator[BrokenRule]:
             "distillation needs a trained teacher",
             "set sft.teacher_checkpoint to a teacher's run folder, or loss.distill to 0",
         )
+    start = c.sft.student_start == "teacher"
+    if start and not teacher:
+        yield BrokenRule(
+            ("sft.teacher_checkpoint", "sft.student_start"),
+            "there is no teacher to start from",
+            "set sft.teacher_checkpoint, or sft.student_start to init_from",
+        )
+    if start and c.init_from:
+        yield BrokenRule(
+            ("init_from", "sft.student_start"),
+            "the student cannot start from the teacher and from another run",
+            "set sft.student_start to init_from, or init_from to null",
+        )
     if c.sft.freeze_mask_decoder and not teacher:
         yield BrokenRule(
             ("sft.teacher_checkpoint", "sft.freeze_mask_decoder"),
@@ -124,11 +137,12 @@ def _teacher_rules(c: RunConfig) -> Iterator[BrokenRule]:
             "the mask decoder cannot be both frozen and trained",
             "set one of the two to false",
         )
-    if teacher and c.loss.distill == 0 and not c.sft.freeze_mask_decoder:
+    if teacher and c.loss.distill == 0 and not c.sft.freeze_mask_decoder and not start:
         yield BrokenRule(
-            ("sft.teacher_checkpoint", "loss.distill", "sft.freeze_mask_decoder"),
+            ("sft.teacher_checkpoint", "loss.distill", "sft.freeze_mask_decoder", "sft.student_start"),
             "the teacher would be loaded and used for nothing",
-            "set loss.distill above 0, or sft.freeze_mask_decoder to true, or sft.teacher_checkpoint to null",
+            "set loss.distill above 0, sft.freeze_mask_decoder to true, sft.student_start to teacher, or "
+            "sft.teacher_checkpoint to null",
         )
 
 

@@ -22,6 +22,13 @@ class SftConfig(Section):
         "name",
         "published code LISA_ref_distill.py",
     )
+    student_start: Literal["teacher", "init_from"] = knob(
+        "teacher",
+        "weights that the student starts from: the teacher's, or those that init_from names (null = the base, whose "
+        "[SEG] head is random)",
+        "name",
+        "published code train_ds.py:245-273 (commented) loads the teacher into both; the paper is silent",
+    )
     freeze_mask_decoder: bool = knob(True, "use the teacher's SAM decoder and keep it frozen", "flag", "paper 3.1")
 
 

@@ -34,7 +34,8 @@ from dataset.refavs import RefAvsIndex  # noqa: E402
 from utils.results import write_json, write_jsonl  # noqa: E402
 
 WORLD = WorldSettings(train=8, val=0, test_s=0, test_u=0, test_n=0, train_null=0, rows_per_train_clip=4)
-SETTINGS = ("loss.distill=0", "sft.teacher_checkpoint=null", "sft.freeze_mask_decoder=false", "optim.lr=1e-5",
+SETTINGS = ("loss.distill=0", "sft.teacher_checkpoint=null", "sft.student_start=init_from",
+            "sft.freeze_mask_decoder=false", "optim.lr=1e-5",
             "data.feature_cache=memory", "data.num_frames=2", "data.num_workers=2", "engine.micro_batch=1",
             "engine.threads=1", "log.every=1", "log.save_every=1000000", "log.tensorboard=false")  # fmt: skip
 

@@ -45,7 +45,7 @@ def replay(dump: Path, weights: Path | None, overrides: Sequence[str]) -> int:
     if weights is None and not found["weights"]:
         raise CheckpointError(f"{dump}: holds no weights (ZeRO-3). Remedy: --weights <run>/checkpoints/<newest>.")
     config = load_config(dump / "config.yaml", [*overrides, f"init_from={weights or dump}", "engine.zero_stage=0",
-                                               "engine.offload=false"])  # fmt: skip
+                                               "sft.student_start=init_from", "engine.offload=false"])  # fmt: skip
     check_paths(config)
     stage, batches = build(config, found["batches"])
     from dataset.collate import collate

@@ -30,7 +30,8 @@ def tiny(tmp_path_factory):
     path = make_tiny_run(folder)
     write_world(folder / "eval_data", ROWS, seconds=10.0)
     for stage in ("teacher", "sft"):
-        changes = ("loss.distill=0", "sft.freeze_mask_decoder=false", f"output_dir={folder / stage}")
+        changes = ("loss.distill=0", "sft.student_start=init_from", "sft.freeze_mask_decoder=false",
+                   f"output_dir={folder / stage}")  # fmt: skip
         config = load_config(path, [f"stage={stage}", *changes])
         tokenizer, seg_id = load_tokenizer(config.model.base, config.model.seg_token)
         save_trained(build_model(config, len(tokenizer), seg_id), folder / stage / "final")

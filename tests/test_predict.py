@@ -112,7 +112,8 @@ def test_a_movie_is_what_was_written(tmp_path):
 def checkpoint(tmp_path_factory):
     """An untrained student."""
     folder = tmp_path_factory.mktemp("tiny")
-    changes = ("stage=sft", "loss.distill=0", "sft.freeze_mask_decoder=false", f"output_dir={folder / 'sft'}")
+    changes = ("stage=sft", "loss.distill=0", "sft.student_start=init_from", "sft.freeze_mask_decoder=false",
+               f"output_dir={folder / 'sft'}")  # fmt: skip
     config = load_config(make_tiny_run(folder), changes)
     tokenizer, seg_id = load_tokenizer(config.model.base, config.model.seg_token)
     save_trained(build_model(config, len(tokenizer), seg_id), folder / "sft/final")

@@ -186,7 +186,7 @@ def test_prompts_of_each_kind(clip_folder: Path, tmp_path: Path) -> None:
 
 QUERIES = (
     "model.prompter=learnable_tokens loss.distill=0 sft.teacher_checkpoint=null sft.freeze_mask_decoder=false "
-    "trainable.mask_decoder=true"
+    "sft.student_start=init_from trainable.mask_decoder=true"
 )
 TEXT = QUERIES.replace("learnable_tokens", "text_encoder") + " loss.ce=0 data.answer=plain"
 RULES = {
@@ -218,7 +218,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_both_are_trained_and_evaluated_by_the_common_commands(tiny: Path, tmp_path: Path) -> None:
-    common = ("stage=sft", "sft.freeze_mask_decoder=false", "optim.steps=2", "log.every=1")
+    common = ("stage=sft", "sft.student_start=init_from", "sft.freeze_mask_decoder=false", "optim.steps=2",
+              "log.every=1")  # fmt: skip
     text = ("model.prompter=text_encoder", "loss.ce=0", "data.answer=plain",
             "trainable.lora_rank=0", "trainable.full=[]")  # fmt: skip
     queries = ("model.prompter=learnable_tokens", "model.learnable_tokens=2", "data.answer=reasoning",

@@ -288,7 +288,7 @@ def test_no_teacher_without_distillation() -> None:
     config = run_config(
         "sft",
         loss={"distill": 0.0},
-        sft={"teacher_checkpoint": None, "freeze_mask_decoder": False},
+        sft={"teacher_checkpoint": None, "student_start": "init_from", "freeze_mask_decoder": False},
         trainable=WHOLE.model_dump(),
     )
     stage = build_stage(config, tiny_model(WHOLE))

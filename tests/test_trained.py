@@ -147,7 +147,7 @@ def sam_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
 
 
 def test_stages_start_from_each_other(sam_files: dict[str, object], tmp_path: Path) -> None:
-    """Teacher, then a student with its frozen decoder, then the student evaluated with its stored settings."""
+    """Teacher, then a student that starts from it, then the student evaluated with its stored settings."""
     teacher = build_model(run_config("teacher", model=sam_files), VOCABULARY, SEG)
     assert teacher.training and not teacher.backbone.vision_tower.training
     stir(teacher, 1)
@@ -159,7 +159,6 @@ def test_stages_start_from_each_other(sam_files: dict[str, object], tmp_path: Pa
     assert student.is_frozen("segmenter.sam.mask_decoder")
     name = "mask_decoder.mask_tokens.weight"
     torch.testing.assert_close(student.segmenter.sam.get_parameter(name), teacher.segmenter.sam.get_parameter(name))
-    assert not torch.equal(student.text_hidden_fcs[0][0].weight, teacher.text_hidden_fcs[0][0].weight)
     stir(student, 2)
     save_trained(student, tmp_path / "sft" / "final")
 
@@ -171,6 +170,32 @@ def test_stages_start_from_each_other(sam_files: dict[str, object], tmp_path: Pa
     assert not evaluated.training and not any(p.requires_grad for p in evaluated.parameters())
     for key, parameter in student.named_parameters():
         torch.testing.assert_close(evaluated.get_parameter(key), parameter, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("trainable", [LORA, WHOLE], ids=["lora", "whole"])
+def test_the_student_s_start_is_chosen(
+    trainable: TrainableConfig, sam_files: dict[str, object], tmp_path: Path
+) -> None:
+    """By default every weight of the teacher; from the base, its mask decoder alone; either way that stays frozen."""
+    teacher = build_model(run_config("teacher", model=sam_files, trainable=trainable.model_dump()), VOCABULARY, SEG)
+    stir(teacher, 1)
+    save_trained(teacher, tmp_path)
+    own = trainable.model_copy(update={"mask_decoder": False}).model_dump()
+    students = {}
+    for start in ("teacher", "init_from"):
+        sft = {"teacher_checkpoint": str(tmp_path)} | ({} if start == "teacher" else {"student_start": start})
+        config = run_config("sft", model=sam_files, trainable=own, sft=sft)
+        assert config.sft.student_start == start
+        students[start] = build_model(config, VOCABULARY, SEG)
+        assert students[start].is_frozen("segmenter.sam.mask_decoder")
+        assert not students[start].is_frozen("text_hidden_fcs")
+    moved = 0
+    for name, parameter in teacher.named_parameters():
+        same = {start: torch.equal(student.get_parameter(name), parameter) for start, student in students.items()}
+        assert same["teacher"], name
+        assert same["init_from"] or not name.startswith("segmenter."), name
+        moved += not same["init_from"]
+    assert moved > 4
 
 
 def test_bfloat16_model(sam_files: dict[str, object]) -> None:

@@ -26,7 +26,8 @@ def build_model(
     """Build the model of a run: base, SAM, adapters, earlier weights, frozen parts.
 
     Stage eval loads `eval.checkpoint` with the trainable settings that are stored in it, and freezes everything. Stage
-    sft takes the teacher's mask decoder and freezes it where `sft.freeze_mask_decoder` says so (paper section 3.1).
+    sft starts from the teacher's weights or from `init_from`, as `sft.student_start` says, and takes the teacher's mask
+    decoder and freezes it where `sft.freeze_mask_decoder` says so (paper section 3.1).
 
     Args:
         config: the run.
@@ -61,8 +62,8 @@ def build_model(
     apply_trainable(model, evaluated.trainable if evaluated else config.trainable)
     if evaluated:
         load_trained(model, evaluated)
-    elif config.init_from:
-        load_trained(model, config.init_from)
+    elif start := _start(config):
+        load_trained(model, start)
     if config.stage == "sft" and config.sft.freeze_mask_decoder and config.sft.teacher_checkpoint:
         load_mask_decoder(model, config.sft.teacher_checkpoint)
         freeze(model, MASK_DECODER)
@@ -70,6 +71,13 @@ def build_model(
         model.requires_grad_(False)
     backbone.set_gradient_checkpointing(config.engine.gradient_checkpointing and config.stage != "eval")
     return model.to(device, dtype).train(config.stage != "eval")
+
+
+def _start(config: RunConfig) -> str | None:
+    """The light checkpoint whose weights a training stage starts from; None = the base."""
+    if config.stage == "sft" and config.sft.student_start == "teacher":
+        return config.sft.teacher_checkpoint
+    return config.init_from
 
 
 def _check_vocabulary(config: RunConfig, rows: int, tokenizer_size: int, seg_token_id: int) -> None:

@@ -5,6 +5,7 @@
 | eq. 1, 6: CE + BCE + Dice + MSE, weights 1 | CE + 2 BCE + 0.5 Dice; the MSE is commented out (train_ds.py:245-273, 522-529) | all four, weights by config | the term is in the paper; its weight is nowhere else |
 | eq. 2: MSE(f_t, f_s) between [SEG] features | 256-wide outputs of text_hidden_fcs, teacher's context "It is {class} [SEG]." | the same; mean over width and over answers with [SEG] in both | eq. 2 does not say which answer the teacher reads: `sft.teacher_answer` |
 | 3.1: the teacher is trained before | a second 7B model in memory | the teacher's trained tensors alone, swapped into the student for its pass | they are all that differs: megabytes with adapters |
+| 3.1 does not say where the student starts | the teacher's weights go into teacher and student (train_ds.py:245-273, commented) | `sft.student_start`: teacher or init_from | behind the frozen decoder a random [SEG] head would have to be learned anew |
 | 3.1: the student uses the teacher's SAM decoder, frozen | decoder trained in the trainer of the release (train_ds.py:280) | `sft.freeze_mask_decoder`, see `model.aurora.build` | the paper is explicit |
 | - | f_t computed at every step | kept by metadata row after the first time | teacher and media never change |
 | - | each model encodes video and sound | encoded once where no tower differs between the two | frozen towers and projectors are one |

@@ -57,7 +57,7 @@ TABLES: dict[int | str, Table] = {
     ),
     3: Table(
         3, "Segmentation feature distillation", _rows(3, "wo_distill", "cot"),
-        remark="Only the weight of the loss differs: both use the teacher's mask decoder, frozen.",
+        remark="Only the weight of the loss differs: both start from the teacher and keep its mask decoder, frozen.",
     ),
     4: Table(
         4, "Corrective reflective-style training", _rows(4, "sft_grpo", "ct_grpo", "crt_grpo"),
