@@ -110,6 +110,8 @@ def test_paper_values() -> None:
         assert (run.trainable.lora_rank, run.trainable.lora_alpha, run.trainable.lora_dropout) == (8, 16.0, 0.05)
         assert (run.loss.bce, run.loss.dice) == (1.0, 1.0)
     assert runs["sft"].loss.distill == 1.0
+    # Section 6.3: stage 2 is as stage 1 but for the distillation, so its mask decoder stays frozen.
+    assert [run.trainable.mask_decoder for run in runs.values()] == [False, False, True]
     assert (runs["grpo"].grpo.group_size, runs["grpo"].grpo.beta, runs["grpo"].loss.ce) == (3, 0.0, 0.0)
     assert (runs["reflective"].reflective.reflective_count, runs["reflective"].reflective.standard_count) == (
         1505,
