@@ -38,7 +38,8 @@ def read_truth(
 ) -> tuple[np.ndarray, tuple[int, ...] | None]:
     """Ground truth of a row, bool [T,H,W], and which of the T frames have one (None = all; the others are False).
 
-    A null row's mask is empty by definition, so its folder may be absent; one that is there must agree.
+    A null row's mask is empty by definition: its folder may be absent; one that is there is not read. Where it marks
+    an object, scripts/check_data.py counts it ("object of a null row", a warning), and the run goes on.
 
     Args:
         index: says where media lie.
@@ -48,7 +49,7 @@ def read_truth(
         max_pixels: larger images are refused before they are decoded.
 
     Raises:
-        DataError: see `media.read_masks`; or a null row with an object.
+        DataError: see `media.read_masks`.
     """
     total = len(list_images(index.frames_folder(row.clip)))
     indexes = list(range(total)) if num_frames is None else frame_indexes(total, num_frames)
@@ -61,9 +62,6 @@ def read_truth(
             raise DataError(f"{folder}: none of the frames read has a mask. Remedy: set data.num_frames to null.")
         masks[list(labelled)] = read_masks(folder, count, size, [indexes[k] for k in labelled], max_pixels)
         return masks, None if len(labelled) == len(indexes) else labelled
-    if row.is_null and not (folder.path if isinstance(folder, ImageFolder) else folder).is_dir():
+    if row.is_null:
         return masks, None
-    masks = read_masks(folder, total, size, indexes, max_pixels)
-    if row.is_null and masks.any():
-        raise DataError(f"{folder}: a null row's mask is empty, this one marks an object. Remedy: remove the folder.")
-    return masks, None
+    return read_masks(folder, total, size, indexes, max_pixels), None

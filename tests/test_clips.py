@@ -137,8 +137,7 @@ def test_null_row(fresh: Parts) -> None:
         cv2.imwrite(str(folder / f"{t:05d}.png"), np.zeros((48, 64), np.uint8))
     assert not _dataset(fresh)[3].masks.any()
     cv2.imwrite(str(folder / "00004.png"), np.full((48, 64), 255, np.uint8))
-    with pytest.raises(DataError, match=r"null_1 \(row 3\): .*a null row's mask is empty.*Remedy"):
-        _dataset(fresh)[3]
+    assert not _dataset(fresh)[3].masks.any()  # counted by check_data, and no end of a run
 
 
 def test_missing_masks_of_an_object_are_an_error(fresh: Parts) -> None:
