@@ -181,9 +181,8 @@ def answer(
 def write_results(options: argparse.Namespace, clip: VideoClip, prediction: Prediction) -> None:
     """Write overlay, masks and answer, and print the answer."""
     from dataset.media import SAMPLE_RATE
-    from utils.movie import write_gif, write_mp4
+    from utils.draw import PREDICTION, overlay, save_masks, write_gif, write_mp4
     from utils.results import encode_masks, write_bytes, write_json
-    from utils.visualize import PREDICTION, overlay, save_masks
 
     masks = (prediction.mask_logits > 0).cpu().numpy()
     drawn = np.stack([overlay(frame, mask, PREDICTION) for frame, mask in zip(clip.frames, masks, strict=True)])

@@ -20,8 +20,8 @@ from scripts.predict import main
 from tests.data_builders import write_clip
 from tests.tiny_run import make_tiny_run
 from utils.config import load_config, save_config
+from utils.draw import write_gif, write_mp4
 from utils.errors import DataError
-from utils.movie import write_gif, write_mp4
 
 KINDS = {"clip.mp4": ("libx264", "aac"), "clip.webm": ("libvpx-vp9", "libopus"), "clip.mkv": ("mpeg4", "libmp3lame")}
 

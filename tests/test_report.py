@@ -17,10 +17,10 @@ from PIL import Image
 from scripts.report import main as report_command
 from tests.report_case import EVIL, gallery, make_world, read_page, write_evaluation, write_run
 from utils.curves import Chart, Series, charts_of_runs, read_scalars, smooth, svg
+from utils.draw import PREDICTION, TRUTH, jpeg, overlay, save_masks, strip
 from utils.report import Report, render_page
 from utils.report_media import mask_layer, sprite
 from utils.tables import format_table, mix_scores, split_table
-from utils.visualize import PREDICTION, TRUTH, jpeg, overlay, save_masks, strip
 
 
 def scores(value, n=8):

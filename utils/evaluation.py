@@ -19,6 +19,7 @@ import numpy as np
 from configs.schema import RunConfig
 from utils import distributed
 from utils.config import git_state
+from utils.draw import jpeg, save_masks, save_probabilities, strip
 from utils.errors import DataError
 from utils.progress import Progress
 from utils.results import (
@@ -35,7 +36,6 @@ from utils.results import (
 )
 from utils.scoring import NULL_CLASS, Faithful, RowResult, mask_logits, score_row, score_split
 from utils.types import Batch, Prediction, Sample
-from utils.visualize import jpeg, save_masks, save_probabilities, strip
 
 MASK_LOGIT = 0.0
 """Pixels above it are written as predicted (probability 0.5)."""

@@ -26,9 +26,9 @@ import numpy as np
 import soundfile
 from PIL import Image
 
+from utils.draw import PREDICTION, TRUTH, Colour, jpeg
 from utils.report_runs import Evaluation, PredictedRow
 from utils.results import decode_masks
-from utils.visualize import PREDICTION, TRUTH, Colour, jpeg
 
 COLUMNS = 5
 """Frames side by side in a picture."""

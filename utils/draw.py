@@ -1,12 +1,14 @@
-"""Masks drawn over frames, compact strips of a whole clip, and their JPEG and PNG files."""
+"""Draws masks over frames and clips as strips, and writes them as JPEG, PNG, mp4 and GIF files."""
 
 from __future__ import annotations
 
-import base64
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import cv2
 import numpy as np
+from PIL import Image
 
 Colour = tuple[int, int, int]
 
@@ -15,7 +17,12 @@ PREDICTION: Colour = (255, 96, 32)
 TRUTH: Colour = (32, 200, 96)
 """RGB of ground truth."""
 
+RATE = 10
+"""Pictures per second of an mp4; each frame is repeated, as many players stumble over one a second."""
 _GAP = 3
+"""White pixels between the frames of a strip."""
+_SOUND_BLOCK = 1024
+"""Samples per packet of AAC."""
 
 
 def overlay(frame: np.ndarray, mask: np.ndarray, colour: Colour, alpha: float = 0.45) -> np.ndarray:
@@ -72,26 +79,60 @@ def jpeg(image: np.ndarray, quality: int = 85) -> bytes:
     return data.tobytes()
 
 
-def data_uri(data: bytes, media_type: str) -> str:
-    """Bytes as a `data:` address, so that a page needs no other file."""
-    return f"data:{media_type};base64,{base64.b64encode(data).decode('ascii')}"
-
-
 def save_masks(folder: Path, masks: np.ndarray) -> None:
     """bool [T,H,W] -> 0/255 PNG files named as the benchmark names them (00000.png, 00001.png, ...)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for t, mask in enumerate(masks):
-        path = folder / f"{t:05d}.png"
-        if not cv2.imwrite(str(path), mask.astype(np.uint8) * 255):
-            raise OSError(f"{path}: could not be written (disk full or folder not writable?)")
+    _save_pngs(folder, masks.astype(np.uint8) * 255)
 
 
 def save_probabilities(folder: Path, probabilities: np.ndarray) -> None:
     """float32 [T,H,W] in [0, 1] -> 16-bit grey PNG files (00000.png, ...); a value is kept to 1/131070."""
+    _save_pngs(folder, np.rint(probabilities * np.float32(65535)).astype(np.uint16))
+
+
+def write_mp4(path: Path, frames: np.ndarray, seconds: float, sound: np.ndarray | None, sample_rate: int) -> None:
+    """H.264 with AAC.
+
+    Args:
+        path: of the file; its folder is made.
+        frames: uint8 [T,H,W,3] RGB, shown for equal times.
+        seconds: length of the movie.
+        sound: float32 [samples] mono in [-1, 1], or None for a silent movie.
+        sample_rate: of the sound, Hz.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    height, width = frames.shape[1:3]
+    even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")  # H.264 halves the colours
+    count = max(len(frames), round(seconds * RATE))
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=RATE, options={"crf": "18", "preset": "veryfast"})
+        video.height, video.width, video.pix_fmt = *even.shape[1:3], "yuv420p"
+        voice = None if sound is None else container.add_stream("aac", rate=sample_rate, layout="mono")
+        for i in range(count):
+            picture = np.ascontiguousarray(even[i * len(even) // count])
+            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(video.encode())
+        if voice is not None:
+            for start in range(0, len(sound), _SOUND_BLOCK):
+                block = np.clip(sound[None, start : start + _SOUND_BLOCK], -1, 1).astype(np.float32)
+                frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(block), format="fltp", layout="mono")
+                frame.sample_rate, frame.pts, frame.time_base = sample_rate, start, Fraction(1, sample_rate)
+                container.mux(voice.encode(frame))
+            container.mux(voice.encode())
+
+
+def write_gif(path: Path, frames: np.ndarray, seconds: float) -> None:
+    """Frames uint8 [T,H,W,3] RGB, shown for equal times within `seconds`, in a loop."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = [Image.fromarray(frame).quantize(128) for frame in frames]
+    duration = max(20, round(1000 * seconds / len(frames)))
+    images[0].save(path, save_all=True, append_images=images[1:], duration=duration, loop=0)
+
+
+def _save_pngs(folder: Path, images: np.ndarray) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for t, probability in enumerate(probabilities):
+    for t, image in enumerate(images):
         path = folder / f"{t:05d}.png"
-        if not cv2.imwrite(str(path), np.rint(probability * np.float32(65535)).astype(np.uint16)):
+        if not cv2.imwrite(str(path), image):
             raise OSError(f"{path}: could not be written (disk full or folder not writable?)")
 
 
