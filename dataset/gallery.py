@@ -1,4 +1,4 @@
-"""Frames, true masks and sounds of the evaluated data for the gallery of a report (`utils.report_media`)."""
+"""Frames, true masks and sounds of the evaluated data for the clips of a report (`utils.report.media`)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dataset.avsbench import SPLITS, AvsBenchIndex
 from dataset.media import read_frames
 from dataset.refavs import RefAvsIndex, Row, Split
 from dataset.truth import ClipIndex, read_truth
@@ -16,7 +17,7 @@ class ClipMedia:
     """The media of one data set.
 
     Args:
-        index: says where they lie.
+        index: where its files lie.
         rows: number -> row.
         root: of the data, for messages.
         num_frames: frames that the evaluation took of a clip (data.num_frames); None = all.
@@ -48,31 +49,15 @@ class ClipMedia:
         return path if path.is_file() else None
 
 
-class RefAvsMedia(ClipMedia):
-    """The media of Ref-AVS, or of the mini world, which has its layout.
-
-    Args:
-        root: folder with metadata.csv, media/ and gt_mask/.
-        num_frames: see ClipMedia.
-
-    Raises:
-        DataError: the table is missing or faulty.
-    """
-
-    def __init__(self, root: str | Path, num_frames: int | None = None) -> None:
-        index = RefAvsIndex(root)
-        super().__init__(index, {row.row: row for split in Split for row in index.rows(split)}, root, num_frames)
-
-
 def media_of(benchmark: str, root: str | Path, num_frames: int | None = None) -> ClipMedia:
-    """The media of `data.benchmark` below `root`.
+    """The media of `data.benchmark` below `root`; the mini world has the layout of Ref-AVS.
 
     Raises:
         DataError: its table is missing or faulty.
     """
+    index: RefAvsIndex | AvsBenchIndex
     if benchmark == "refavs":
-        return RefAvsMedia(root, num_frames)
-    from dataset.avsbench import SPLITS, AvsBenchIndex  # imported late: it needs transformers, which a report does not
-
-    index = AvsBenchIndex(root, "s4" if benchmark == "avsbench_s4" else "ms3")
-    return ClipMedia(index, {row.row: row for split in SPLITS for row in index.rows(split)}, root, num_frames)
+        index, splits = RefAvsIndex(root), tuple(Split)
+    else:
+        index, splits = AvsBenchIndex(root, "s4" if benchmark == "avsbench_s4" else "ms3"), SPLITS
+    return ClipMedia(index, {row.row: row for split in splits for row in index.rows(split)}, root, num_frames)

@@ -26,13 +26,14 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dataset.gallery import RefAvsMedia  # noqa: E402 - the project's root must be on the path first
+from dataset.gallery import media_of  # noqa: E402 - the project's root must be on the path first
 from utils.config import git_state, load_config  # noqa: E402 - the project's root must be on the path first
 from utils.errors import AuroraError  # noqa: E402
 from utils.pipeline import Pipeline, Step, locked  # noqa: E402
+from utils.report.page import write_report  # noqa: E402
+from utils.report.runs import find_evaluations, probe_summaries, stage_summary, summary_table  # noqa: E402
 from utils.results import write_json  # noqa: E402
 from utils.schedule import Cores, elapsed, run_all  # noqa: E402
-from utils.summary import probe_summaries, stage_summary, summary_table, write_page  # noqa: E402
 
 DATA = "data/mini"
 WORLD_CODE = ("dataset/mini_*.py", "scripts/make_mini_world.py")
@@ -247,7 +248,12 @@ def summarise(steps: Sequence[object], options: argparse.Namespace, finished: Pi
     write_json(options.out / "summary.json", summary)
     trained = [(step.name, options.out / step.name) for step in steps if isinstance(step, Train)]
     pictured = [options.out / e.name for e in evaluations if e.pictures]
-    write_page(options.out / "index.html", "AURORA on the mini world", summary, trained, pictured, RefAvsMedia(DATA))
+    found = find_evaluations(options.out)
+    write_report(
+        options.out / "index.html", "AURORA on the mini world", found,
+        summary=summary, runs=trained, media={"refavs": media_of("refavs", DATA)},
+        shown=[e for e in found if e.folder in pictured],
+    )  # fmt: skip
     return summary
 
 

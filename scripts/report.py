@@ -2,11 +2,17 @@
 
     python scripts/report.py runs/quickstart
     python scripts/report.py before=runs/sft/eval after=runs/grpo/eval --out runs/report.html --data data/refavs
+    python scripts/report.py reflective=runs/grpo no_stage_2=runs/grpo_sft --png curves
 
 A run is a folder of train_ds_test.py (<split>/metrics.json) or one that holds such folders, up to two levels below;
 training curves (metrics.jsonl) and failure types (<x>.jsonl.csv of scripts/analyze_failures.py) in it are shown too.
-Writes the page and, beside it, the folder <page>_files with pictures and sounds, which a browser loads when they are
-looked at. Move or publish both together. scripts/check_report.py looks at a page in a real browser.
+Prints all scores, writes the page and, beside it, the folder <page>_files with pictures and sounds, which a browser
+loads when they are looked at. Move or publish both together.
+
+With --png nothing but the training curves of stage 3 is drawn, of runs that need no evaluation: figure_8.png (overall,
+class, IoU and format reward), figure_9.png (reasoning length, intra-group std) as the paper's figures, and, where they
+were logged, figure_policy.png (entropy, share of groups without variance, clip fraction, KL, gradient norm, tokens per
+second, share of right reasoning). The faint line is what was logged, the strong one its running mean.
 """
 
 from __future__ import annotations
@@ -16,18 +22,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.errors import AuroraError, DataError  # noqa: E402 - the project's root must be on the path first
-from utils.report_media import WIDTH, MediaSource  # noqa: E402
-from utils.report_runs import Evaluation, find_evaluations  # noqa: E402
-from utils.summary import run_summary, write_report  # noqa: E402
-
-BENCHMARKS = ("refavs=", "avsbench_s4=", "avsbench_ms3=")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="folders; a name is put before its evaluations")
     parser.add_argument("--out", type=Path, help="page (default: report.html in the first run)")
@@ -37,51 +34,93 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--compare", nargs=2, action="append", metavar=("BEFORE", "AFTER"),
                         help="two evaluations by name, may be repeated (default: each with the one before it)")
     parser.add_argument("--rows", type=int, help="at most this many clips, evenly spread (default: all)")
-    parser.add_argument("--width", type=int, default=WIDTH, help="pixels of a frame (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=256, help="pixels of a frame (default: %(default)s)")
     parser.add_argument("--no-media", action="store_true", help="draw nothing; show what the evaluation drew")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores of all stages and probes there too")
+    parser.add_argument("--png", type=Path, metavar="DIR", help="write the curves of stage 3 there, and no page")
+    parser.add_argument("--window", type=int, default=10, help="rows in a running mean of --png (default: %(default)s)")
     options = parser.parse_args(arguments)
-    if options.rows is not None and options.rows < 1:
-        parser.error(f"--rows {options.rows}: at least one clip is needed")
-    if options.width < 16:
-        parser.error(f"--width {options.width}: at least 16 pixels are needed")
+    for name, least, unit in (("rows", 1, "clip is"), ("width", 16, "pixels are"), ("window", 1, "row is")):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            parser.error(f"--{name} {value}: at least {least} {unit} needed")
+    return options
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    OPTIONS = parse()  # before the imports below, which take seconds: --help and a slip of the pen are answered at once
+
+from dataset.gallery import media_of  # noqa: E402
+from utils.errors import AuroraError, DataError  # noqa: E402
+from utils.report.curves import write_figures  # noqa: E402
+from utils.report.media import MediaSource  # noqa: E402
+from utils.report.page import write_report  # noqa: E402
+from utils.report.runs import Evaluation, find_evaluations, run_summary, summary_table  # noqa: E402
+from utils.results import write_json  # noqa: E402
+
+BENCHMARKS = ("refavs=", "avsbench_s4=", "avsbench_ms3=")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    return run(parse(arguments))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Writes what was asked for; returns the exit status."""
     try:
-        page = report(options)
+        folders = [_named(text) for text in options.runs]
+        if options.png:
+            print(*_figures(folders, options), sep="\n")
+        else:
+            print(_report(folders, options))
     except AuroraError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
-    print(page)
     return 0
 
 
-def report(options: argparse.Namespace) -> Path:
-    """Write the page; returns its path.
-
-    Raises:
-        DataError: a folder holds no evaluation, two have one name, or the data are missing.
-    """
-    folders = [_named(text, len(options.runs) > 1) for text in options.runs]
-    evaluations = [found for prefix, folder in folders for found in _evaluations(folder, prefix)]
+def _report(folders: Sequence[tuple[str, Path]], options: argparse.Namespace) -> Path:
+    """Write the page; returns its path."""
+    named = [(name or (folder.resolve().name if len(folders) > 1 else ""), folder) for name, folder in folders]
+    prefixed = [(f"{name}/" if name else "", folder) for name, folder in named]
+    evaluations = [found for prefix, folder in prefixed for found in _evaluations(folder, prefix)]
     names = [e.name for e in evaluations]
     if len(set(names)) < len(names):
         raise DataError(f"two evaluations are named {max(names, key=names.count)!r}. Remedy: give names, NAME=RUN.")
     page = options.out or folders[0][1] / "report.html"
-    compared = None if options.compare is None else [_pair(evaluations, pair) for pair in options.compare]
-    trained = [(prefix + path.parent.name, path.parent) for prefix, folder in folders for path in _curves(folder)]
     summary = {**run_summary(evaluations), "git": evaluations[0].fact("git", "")}
-    media = None if options.no_media else _media(_roots(options.data), evaluations)
-    write_report(page, options.title, summary, evaluations, trained, media, evaluations, compared, options.rows,
-                 options.width, [folder for _, folder in folders])
+    print(summary_table(summary))
+    if options.json:
+        write_json(options.json, summary)
+    write_report(
+        page, options.title, evaluations,
+        summary=summary,
+        runs=[(prefix + path.parent.name, path.parent) for prefix, folder in prefixed for path in _curves(folder)],
+        media={} if options.no_media else _media(options.data, evaluations),
+        compared=None if options.compare is None else [_pair(evaluations, pair) for pair in options.compare],
+        limit=options.rows, width=options.width, taxonomies=[folder for _, folder in folders],
+    )  # fmt: skip
     return page
 
 
-def _named(text: str, several: bool) -> tuple[str, Path]:
-    """(prefix of its evaluations, folder) of one argument."""
+def _figures(folders: Sequence[tuple[str, Path]], options: argparse.Namespace) -> list[Path]:
+    """Write the pictures of the training curves; returns their paths."""
+    for _, folder in folders:
+        if not (folder / "metrics.jsonl").is_file():
+            raise DataError(f"{folder}/metrics.jsonl: there is no such file. Remedy: name the folder of a run of grpo.")
+    runs = [(name or folder.resolve().name, folder / "metrics.jsonl") for name, folder in folders]
+    return write_figures(runs, options.png, options.window)
+
+
+def _named(text: str) -> tuple[str, Path]:
+    """(name, folder) of one argument; the name may be empty."""
     name, _, folder = text.rpartition("=")
     path = Path(folder)
     if not path.is_dir():
         raise DataError(f"{path}: no such folder. Remedy: name the folder of an evaluation or of a run.")
-    prefix = name or (path.resolve().name if several else "")
-    return (f"{prefix}/" if prefix else ""), path
+    return name, path
 
 
 def _evaluations(folder: Path, prefix: str) -> list[Evaluation]:
@@ -106,27 +145,20 @@ def _pair(evaluations: Sequence[Evaluation], names: Sequence[str]) -> tuple[Eval
     return known[names[0]], known[names[1]]
 
 
-def _roots(texts: Sequence[str]) -> dict[str, str]:
-    """Benchmark -> root of its data, as --data names them; one without a name is that of any benchmark ("")."""
+def _media(named_roots: Sequence[str], evaluations: Sequence[Evaluation]) -> Mapping[str, MediaSource]:
+    """Benchmark -> the data that were evaluated; --data without a benchmark's name is the root of any."""
     roots = {}
-    for text in texts:
-        name, _, root = text.partition("=") if text.startswith(BENCHMARKS) else ("", "", text)
-        roots[name] = root
-    return roots
-
-
-def _media(roots: Mapping[str, str], evaluations: Sequence[Evaluation]) -> dict[str, MediaSource]:
-    """Benchmark -> the data that were evaluated."""
-    from dataset.gallery import media_of  # imported late: --help needs no readers
-
+    for text in named_roots:
+        benchmark, _, root = text.partition("=") if text.startswith(BENCHMARKS) else ("", "", text)
+        roots[benchmark] = root
     media = {}
     for benchmark in dict.fromkeys(e.benchmark for e in evaluations):
         alike = [e for e in evaluations if e.benchmark == benchmark]
-        named = dict.fromkeys(e.data_root for e in alike if e.data_root)
+        named = dict.fromkeys(e.data("root") for e in alike if e.data("root"))
         root = roots.get(benchmark, roots.get(""))
         if root is None and len(named) != 1:
             raise DataError(f"the evaluations name {len(named)} data sets ({', '.join(named)}). Remedy: give --data.")
-        frames = {e.fact("config", {}).get("data", {}).get("num_frames") for e in alike}
+        frames = {e.data("num_frames") for e in alike}
         if len(frames) != 1:
             raise DataError(
                 f"data.num_frames differs between the evaluations: {frames}. Remedy: report them separately."
@@ -136,4 +168,4 @@ def _media(roots: Mapping[str, str], evaluations: Sequence[Evaluation]) -> dict[
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(OPTIONS))

@@ -24,10 +24,10 @@ from scripts.ablation.results import Difference, Mean, mean_of, outcome
 from scripts.ablation.tables import TABLES
 from scripts.make_mini_s4 import main as make_s4
 from tests.ablation_case import ROOT, log, make_project
-from utils.bootstrap import Estimate
 from utils.config import load_config
 from utils.errors import DataError
 from utils.paper import ABLATIONS
+from utils.report.breakdown import Estimate
 
 
 @pytest.fixture(autouse=True)

@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 
 from tests.report_case import ROWS, make_world, write_evaluation, write_run
-from utils.bootstrap import mean_intervals
-from utils.breakdown import break_down, compare, size_names
 from utils.errors import DataError
-from utils.report_runs import find_evaluations, pairs, read_evaluation
-from utils.summary import run_summary
+from utils.report.breakdown import break_down, compare, mean_intervals, size_names
+from utils.report.runs import find_evaluations, pairs, read_evaluation, run_summary
 
 
 def test_intervals_equal_a_loop_over_drawn_clips():

@@ -15,7 +15,8 @@ import pytest
 from tests.evaluation_cases import make_prediction, make_sample
 from utils.evaluation import SplitTask, evaluate_split
 from utils.pipeline import Pipeline, Step, StepError, locked
-from utils.summary import stage_summary, summary_table, write_page
+from utils.report.page import write_report
+from utils.report.runs import find_evaluations, stage_summary, summary_table
 from utils.types import Batch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,9 +158,10 @@ def test_summary_and_page_of_an_evaluation(tmp_path):
     assert "sft, shuffle_audio" in table and "test_n" in table
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft/metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
-    write_page(tmp_path / "index.html", "t", summary, [("sft", tmp_path / "sft")], [folder], tmp_path / "media")
+    runs = [("sft", tmp_path / "sft")]
+    write_report(tmp_path / "index.html", "t", find_evaluations(tmp_path), summary=summary, runs=runs)
     page = (tmp_path / "index.html").read_text()
     data = json.loads(re.search(r'id="gallery">(.*?)</script>', page, re.S)[1])
     assert [(row["row"], row["split"]) for row in data["rows"]] == [(1, "test_s"), (9, "test_u"), (17, "test_n")]
     assert data["rows"][2]["said"]["eval"]["strip"] == "eval/test_n/pictures/00017.jpg"
-    assert page.count("<figure><svg") == 1 and "Probes of sft by question kind" in page
+    assert page.count("<figure><img") == 1 and "Probes of sft by question kind" in page

@@ -1,4 +1,4 @@
-"""Pictures, curves and the page: sizes and colours, what is drawn, and that no text becomes markup."""
+"""The page and its pictures: what is shown, sizes, colours, what the script needs; no text becomes markup."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import io
 import json
 import re
 from urllib.parse import unquote
+from xml.etree import ElementTree
 
 import cv2
 import numpy as np
@@ -15,11 +16,11 @@ import pytest
 from PIL import Image
 
 from scripts.report import main as report_command
-from tests.report_case import EVIL, gallery, make_world, read_page, write_evaluation, write_run
-from utils.curves import Chart, Series, charts_of_runs, read_scalars, smooth, svg
+from tests.report_case import EVIL, ROWS, gallery, line, make_world, read_page, write_evaluation, write_run
 from utils.draw import PREDICTION, TRUTH, jpeg, overlay, save_masks, strip
-from utils.report import Report, render_page
-from utils.report_media import mask_layer, sprite
+from utils.report.media import gallery_data, gallery_rows, mask_layer, sprite
+from utils.report.page import FILTERS, RESULTS, SCRIPT, STYLE, Report, render_page
+from utils.report.runs import Evaluation, PredictedRow
 from utils.tables import format_table, mix_scores, split_table
 
 
@@ -41,7 +42,14 @@ def summary():
 
 
 def charts():
-    return [Chart(EVIL, (Series(EVIL, (1, 2, 3), (3.0, 2.0, 1.5)), Series("sft", (1, 2), (1.0, 0.001))))]
+    return {EVIL: {EVIL: ([1.0, 2.0, 3.0], [3.0, 2.0, 1.5]), "sft": ([1.0, 2.0], [1.0, 0.001])}}
+
+
+def pictures(reader):
+    """The kinds of pictures inside a page, none of which comes from elsewhere."""
+    found = [attributes["src"] for tag, attributes, _ in reader.elements if tag == "img"]
+    assert all(address.startswith("data:image/") for address in found)
+    return [address.removeprefix("data:image/").split(";")[0] for address in found]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +68,8 @@ def page(run):
 
 def test_text_never_becomes_markup(page):
     reader = read_page(page)
-    assert reader.tags.count("script") == 2 and "img" not in reader.tags  # the data and the page's own script
+    assert reader.tags.count("script") == 2  # the data and the page's own
+    assert pictures(reader) == ["svg+xml"]  # the curve of the loss
     assert "alert('x')" in " ".join(reader.text)  # shown, as text
     row = next(row for row in gallery(page)["rows"] if row["row"] == 1)
     assert "".join(gallery(page)["texts"][text] for _, text in row["said"]["sft"]["steps"]) == EVIL
@@ -68,13 +77,21 @@ def test_text_never_becomes_markup(page):
 
 def test_hostile_texts_of_the_summary_are_shown_as_text():
     reader = read_page(render_page(Report(EVIL, summary(), charts=charts())))
-    assert not {"script", "img"} & set(reader.tags) and "alert('x')" in " ".join(reader.text)
+    assert "script" not in reader.tags and "alert('x')" in " ".join(reader.text)
+    assert pictures(reader) == ["svg+xml"]
+    image = next(attributes for tag, attributes, _ in reader.elements if tag == "img")
+    drawn = base64.b64decode(image["src"].split(",")[1]).decode()
+    found = [element.tag.split("}")[1] for element in ElementTree.fromstring(drawn).iter()]
+    assert "script" not in found and "image" not in found and "alert(&#x27;x&#x27;)" not in image["alt"]
+    assert image["alt"].startswith(EVIL) and "sft 1 to 0.001" in image["alt"]
 
 
 def test_no_script_but_its_own_may_run(page):
     script = re.search(r"<script>(.*?)</script>", page, re.S)[1]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert f"script-src 'sha256-{digest}';" in page and "default-src 'none'" in page
+    found = [attributes for tag, attributes, _ in read_page(page).elements if tag == "meta"]
+    (policy,) = [a["content"] for a in found if a.get("http-equiv") == "Content-Security-Policy"]
+    assert f"script-src 'sha256-{digest}';" in policy and policy.startswith("default-src 'none'")
     assert not re.search(r"https?://|@import|url\(|innerHTML|eval\(", page)
 
 
@@ -85,8 +102,8 @@ def test_page_asks_for_nothing_outside_its_folder(run, page):
         addresses += [row["frames"], row["truth"], *(v for s in row["said"].values() for k, v in s.items()
                                                      if k in ("masks", "sound"))]
     for address in addresses:
-        assert address.startswith(("#", "report_files/")), address
-        assert address.startswith("#") or (run / unquote(address)).is_file(), address
+        assert address.startswith(("#", "report_files/", "data:image/svg+xml;base64,")), address
+        assert address.startswith(("#", "data:")) or (run / unquote(address)).is_file(), address
 
 
 def test_page_holds_every_part(page):
@@ -137,7 +154,7 @@ def test_only_runs_on_refavs_stand_beside_published_numbers(tmp_path, mini_file)
 
 def test_page_without_probes_clips_or_curves():
     reader = read_page(render_page(Report("t", {"stages": {"sft": {"test_s": scores(1.0)}}})))
-    assert not {"article", "svg", "script", "form"} & set(reader.tags)
+    assert not {"article", "img", "script", "form"} & set(reader.tags)
 
 
 def test_without_media_the_evaluations_own_pictures_are_shown(run, tmp_path):
@@ -150,10 +167,14 @@ def test_without_media_the_evaluations_own_pictures_are_shown(run, tmp_path):
     assert (tmp_path / unquote(rows[0]["said"]["sft"]["strip"])).resolve() == picture
 
 
-def test_a_limit_spreads_clips_and_a_comparison_can_be_named(run, tmp_path):
+def test_a_limit_spreads_clips_and_a_comparison_can_be_named(run, tmp_path, capsys):
     out = tmp_path / "p.html"
     arguments = [str(run), "--out", str(out), "--rows", "3", "--compare", "teacher", "sft_zero"]
-    assert report_command(arguments) == 0
+    assert report_command([*arguments, "--json", str(tmp_path / "scores.json")]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == str(out) and printed[2].split() == ["teacher", "test_s", "55.00", "65.00", "60.00", "-", "4"]
+    written = json.loads((tmp_path / "scores.json").read_text())
+    assert written["stages"]["sft"]["mix"]["J&F"] == 60.0 and list(written["probes"]) == ["zero_audio"]
     page = out.read_text(encoding="utf-8")
     assert [row["split"] for row in gallery(page)["rows"]] == ["test_s", "test_u", "test_n"]
     assert "sft_zero against teacher" in page and "sft against teacher" not in page
@@ -175,6 +196,58 @@ def test_what_cannot_be_reported_is_refused_in_words(run, tmp_path, arguments, m
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_the_script_finds_what_it_looks_for(page):
+    found = [attributes.get("id") for _, attributes, _ in read_page(page).elements if attributes.get("id")]
+    assert len(found) == len(set(found))
+    wanted = set(re.findall(r"getElementById\('([^']+)'\)", SCRIPT))
+    assert wanted and wanted <= set(found)
+    fields = {attributes.get("name") for tag, attributes, _ in read_page(page).elements if tag in ("select", "input")}
+    used = set(re.findall(r"form\.elements\.(\w+)", SCRIPT)) | set(re.findall(r"value\('(\w+)'\)", SCRIPT))
+    assert used <= fields and {"run", "beside", "split", "class", "result", "order", "text", "masks"} <= fields
+    tests = SCRIPT[SCRIPT.index("const TESTS") : SCRIPT.index("const change")]
+    assert set(re.findall(r"(\w+): a =>", tests)) == set(RESULTS)
+    assert dict(re.findall(r"(\w+): '(\w+)'", re.search(r"const FIELDS = {(.*?)}", SCRIPT)[1])) == FILTERS
+
+
+def test_every_link_leads_somewhere(page):
+    reader = read_page(page)
+    names = {attributes.get("id") for _, attributes, _ in reader.elements}
+    rows = {f"#row={row['row']}" for row in gallery(page)["rows"]}
+    links = [attributes["href"] for tag, attributes, _ in reader.elements if tag == "a"]
+    assert len(links) > 8
+    for link in links:
+        assert link[1:] in names or link in rows, link
+
+
+def test_controls_have_names_and_tables_scroll_by_themselves(page):
+    reader = read_page(page)
+    assert 'name="viewport"' in page and "@media (max-width" in STYLE and "prefers-color-scheme: dark" in STYLE
+    for tag, attributes, around in reader.elements:
+        assert tag not in ("select", "input") or "label" in around, attributes
+        assert tag != "table" or around[-1] == "div"
+    boxes = [attributes for _, attributes, _ in reader.elements if attributes.get("class") == "scroll"]
+    assert len(boxes) == reader.tags.count("table") and all(b.get("aria-label") and "tabindex" in b for b in boxes)
+
+
+def test_filters_offer_the_values_that_rows_have(page):
+    data = gallery(page)
+    assert len(data["rows"]) == len(ROWS)
+    for name in ("split", "class"):
+        offered = re.search(rf'<select name="{name}">(.*?)</select>', page, re.S)[1]
+        values = set(re.findall(r'<option value="([^"]*)"', offered)) - {""}
+        assert values == {row[FILTERS[name]] for row in data["rows"] if row[FILTERS[name]]}
+
+
+def test_a_page_of_thousands_of_clips_stays_small(tmp_path):
+    many = 2288  # rows of test_s and test_u in Ref-AVS
+    made = [PredictedRow.from_json({**line(i % 8), "row": i}) for i in range(many)]
+    evaluation = Evaluation("sft", tmp_path, {"test_s": {}}, {row.row: row for row in made})
+    data = gallery_data([evaluation], gallery_rows([evaluation], list(evaluation.rows)))
+    text = render_page(Report("many", {"stages": {}}, gallery=data))
+    assert len(gallery(text)["rows"]) == many and len(data["texts"]) < 40
+    assert len(text) < 800 * many and "<article" not in text
+
+
 def test_sprite_and_mask_layer_lie_over_each_other():
     frames = np.arange(7 * 4 * 6 * 3, dtype=np.uint8).reshape(7, 4, 6, 3)
     picture = sprite(frames)
@@ -190,32 +263,6 @@ def test_sprite_and_mask_layer_lie_over_each_other():
     assert layer.shape == (40, 150, 4)
     assert tuple(layer[20 + 10, 30 + 10]) == (*TRUTH, 70) and tuple(layer[20 + 5, 30 + 10]) == (*TRUTH, 255)
     assert tuple(layer[0, 0]) == (0, 0, 0, 120)
-
-
-def test_curves_skip_what_cannot_be_drawn(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    lines = [{"step": 1, "ce": 2.0, "note": "x"}, {"step": 2, "ce": float("nan")}, {"step": 3, "ce": 1.0, "lr": 1e-4}]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "ce"')
-    assert read_scalars(path) == {"ce": Series("ce", (1.0, 3.0), (2.0, 1.0)), "lr": Series("lr", (3.0,), (1e-4,))}
-    found = charts_of_runs([("sft", path), ("grpo", tmp_path / "none.jsonl")], ["lr", "ce", "kl"])
-    assert [(c.title, [s.name for s in c.series]) for c in found] == [("lr", ["sft"]), ("ce", ["sft"])]
-    path.write_text('{"ce": 1}\n')
-    with pytest.raises(ValueError, match="metrics.jsonl:1"):
-        read_scalars(path)
-
-
-@pytest.mark.parametrize("values", [(1.0,), (0.0, 0.0), (5.0, 5.0, 5.0), (1e-6, 10.0), (-3.0, 4.0), (1e9, 2e9)])
-def test_charts_of_awkward_ranges_stay_inside_the_frame(values):
-    drawn = svg(Chart("x", (Series("a", tuple(range(len(values))), values),)), ["a"])
-    points = re.search(r'points="([^"]*)"', drawn).group(1).split()
-    assert len(points) == len(values)
-    for point in points:
-        x, y = map(float, point.split(","))
-        assert 0 <= x <= 360 and 0 <= y <= 200
-
-
-def test_smooth():
-    assert smooth([1, 2, 3, 4], 2) == [1, 1.5, 2.5, 3.5]
 
 
 def test_overlay_tints_inside_and_keeps_outside():

@@ -15,16 +15,15 @@ import pytest
 from scripts.make_mini_s4 import make_mini_s4
 from scripts.report import main as report_command
 from tests.report_case import group, line, make_world, write_evaluation, write_run
-from utils.breakdown import compare
 from utils.errors import DataError
-from utils.report_runs import find_evaluations, pairs
+from utils.report.breakdown import compare
+from utils.report.runs import find_evaluations, pairs, run_summary, stage_summary, summary_table
 from utils.results import encode_masks
-from utils.summary import run_summary, stage_summary, summary_table
 from utils.tables import signed
 
 
 def write_s4(folder: Path, root: Path, benchmark: str = "avsbench_s4", **facts: Any) -> Path:
-    """An evaluation of the mini S4's test split; of MS3's kind where no class is told."""
+    """An evaluation of the mini S4's test split; in the form of MS3 no row has a class."""
     own, named = benchmark.removeprefix("avsbench_"), benchmark == "avsbench_s4"
     lines = []
     for number, clip in ((2, "mini_test0000_0_5000"), (3, "mini_test0001_0_5000")):

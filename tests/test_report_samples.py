@@ -11,8 +11,8 @@ import pytest
 
 from tests.report_case import EVIL
 from utils.errors import DataError
-from utils.report import Report, render_page
-from utils.report_samples import GROUPS, read_groups
+from utils.report.page import Report, render_page
+from utils.report.runs import SAMPLED_GROUPS, read_groups
 from utils.results import encode_masks
 
 
@@ -34,10 +34,10 @@ def write(folder: Path, *records: dict[str, Any]) -> Path:
 
 def test_groups_of_the_first_and_the_last_step(tmp_path: Path) -> None:
     greedy = {"step": 1, "row": 0, "uid": "u", "reference": "the dog", "answer": "x", "has_seg": False}
-    rows = [record(step, row, place) for step in (5, 10, 15) for row in range(GROUPS + 2) for place in range(2)]
+    rows = [record(step, row, place) for step in (5, 10, 15) for row in range(SAMPLED_GROUPS + 2) for place in range(2)]
     groups = read_groups(write(tmp_path, greedy, *rows))
     assert [(g[0]["step"], g[0]["row"], len(g)) for g in groups] == [
-        (step, row, 2) for step in (5, 15) for row in range(GROUPS)
+        (step, row, 2) for step in (5, 15) for row in range(SAMPLED_GROUPS)
     ]
     assert read_groups(write(tmp_path, greedy)) == [] == read_groups(tmp_path / "nothing")
 

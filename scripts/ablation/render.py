@@ -7,13 +7,14 @@ import io
 import re
 from collections.abc import Sequence
 from html import escape
+from importlib.resources import files
 
 from scripts.ablation.results import SCORES, Difference, Line, Mean, Outcome
 from scripts.ablation.tables import SPLIT_TITLES
-from utils.report_style import CSS
 
 MINI = "Mini world, synthetic data: these numbers show what this code learns there, and say nothing about Ref-AVS."
 Cells = list[list[str]]
+STYLE = files("utils.report").joinpath("style.css").read_text(encoding="utf-8")
 _OPEN = "Open question: "
 _WORDS = {True: "yes", False: "no", None: "-"}
 
@@ -80,7 +81,7 @@ def html(found: Outcome) -> str:
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{CSS}</style></head><body><main><h1>{title}</h1>{body}</main></body></html>\n"
+        f"<style>{STYLE}</style></head><body><main><h1>{title}</h1>{body}</main></body></html>\n"
     )
 
 

@@ -2,7 +2,8 @@
 
 Two kinds of chance are kept apart. Seeds: each seed's difference to that row of the same seed, with Student's
 interval of their mean. Clips: each metadata row's difference of J&F, averaged over the seeds, with the percentile
-interval of a bootstrap over clips (`utils.bootstrap`; protocol per_expression, as pooled protocols have no row scores).
+interval of a bootstrap over clips (`utils.report.breakdown`; protocol per_expression, as pooled protocols have no row
+scores).
 A difference is called significant where both 95 % intervals leave out 0; with one seed there is no telling.
 """
 
@@ -18,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from scripts.ablation.tables import Row, Table
-from utils.bootstrap import Estimate, mean_intervals
 from utils.errors import DataError
-from utils.report_runs import Evaluation, read_evaluation, shared_rows
+from utils.report.breakdown import Estimate, mean_intervals
+from utils.report.runs import Evaluation, read_evaluation, shared_rows
 
 SCORES = ("J", "F", "J&F")
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -141,14 +142,10 @@ def outcome(table: Table, finished: Mapping[tuple[str, int], Path], seeds: Seque
         differences += [_difference(row, base, split, both, table.protocol) for split in table.splits if both]
     missing = [f"{r.method}, seed {s}" for r in table.rows for s in seeds if (r.evaluation, s) not in found]
     codes = sorted({str(e.fact("git", "unknown")) for e in found.values()})
-    mini = any(e.is_mini or _synthetic(e) for e in found.values())
+    mini = any(e.is_mini for e in found.values())
     return Outcome(
         table, tuple(lines), tuple(differences), tuple(missing), tuple(seeds), tuple(codes), seconds, mini
     )  # fmt: skip
-
-
-def _synthetic(evaluation: Evaluation) -> bool:
-    return "mini_s4.json" in evaluation.fact("files", {})
 
 
 def _scores(evaluation: Evaluation, split: str, protocol: str) -> Mapping[str, Any]:

@@ -1,9 +1,5 @@
-"""The script of the gallery: filters, order, address, keyboard, lazily made clips, the enlarged clip.
-
-It reads the JSON of `report_gallery` and builds elements; text is only ever set as text.
-"""
-
-SCRIPT = r"""
+// The clips of a report: filters, order, address, keyboard, cards made when they are scrolled to, the enlarged clip.
+// It reads the JSON of media.gallery_data and builds elements; text is only ever set as text.
 'use strict';
 const data = JSON.parse(document.getElementById('gallery').textContent);
 const form = document.getElementById('filters'), box = document.getElementById('clips');
@@ -267,4 +263,3 @@ document.addEventListener('keydown', event => {
 addEventListener('hashchange', () => { recall(); choose(); });
 recall();
 choose();
-"""

@@ -1,26 +1,38 @@
 """Where a model is good and where two models differ: groups of rows with intervals, and paired comparisons.
 
 Row scores are those of protocol per_expression (the official protocol pools four rows into one value, so a row has
-none); null rows have only S and stand apart.
+none); null rows have only S and form a dimension of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from utils.bootstrap import Estimate, mean_intervals
-from utils.report_runs import Evaluation, PredictedRow, shared_rows
+from utils.report.runs import Evaluation, PredictedRow, shared_rows
 
 SCORES = ("J", "F", "J&F")
+DRAWS, LEVEL = 2000, 0.95
+"""Resamples of an interval, and the share of the resampled means that it holds."""
 TIE = 1.0
 """A change of J&F of at most this many points is neither a win nor a loss."""
 SHOWN = 12
 """Rows listed at either end of a comparison."""
 SPLIT_TITLES = {"test_s": "seen (test_s)", "test_u": "unseen (test_u)"}
 """Splits of Ref-AVS; others go by their own names."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over rows with its percentile interval; one clip alone has no interval."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    rows: int
+    clips: int
 
 
 @dataclass(frozen=True)
@@ -84,6 +96,44 @@ class Comparison:
     """Largest first."""
 
 
+def mean_intervals(
+    values: np.ndarray, clips: Sequence[Hashable], draws: int = DRAWS, level: float = LEVEL, seed: int = 0
+) -> list[Estimate]:
+    """The mean of each column over rows, with a percentile interval of the bootstrap over clips.
+
+    Several expressions ask about one clip and their scores go together, so whole clips are drawn with replacement
+    (scipy.stats.bootstrap draws single rows): an interval over rows would be too narrow.
+
+    Args:
+        values: float [N,K], K scores of N rows; the same draws serve all columns.
+        clips: N names; rows of one clip are drawn together.
+        draws: number of resamples.
+        level: share of the resampled means that the interval holds.
+        seed: of the draws; equal input gives equal intervals.
+
+    Raises:
+        ValueError: no rows, unequal lengths, or values that are not finite.
+    """
+    values = np.asarray(values, np.float64)
+    if values.ndim != 2 or len(values) != len(clips) or not len(values):
+        raise ValueError(f"values {values.shape} must be [N,K] with N = {len(clips)} clip names and N > 0")
+    if not np.isfinite(values).all():
+        raise ValueError("values hold NaN or infinity; a row without a score must be left out before")
+    index = {clip: i for i, clip in enumerate(dict.fromkeys(clips))}
+    owner = np.array([index[clip] for clip in clips])
+    number = len(index)
+    if number == 1:
+        return [Estimate(float(mean), None, None, len(values), 1) for mean in values.mean(0)]
+    sums = np.zeros((number, values.shape[1]))
+    np.add.at(sums, owner, values)
+    # How often each clip is drawn is all that a resample decides, so resampled means are two matrix products.
+    times = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), size=draws)
+    resampled = (times @ sums) / (times @ np.bincount(owner))[:, None]
+    bounds = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    columns = zip(values.mean(0).tolist(), *bounds.tolist(), strict=True)
+    return [Estimate(mean, low, high, len(values), number) for mean, low, high in columns]
+
+
 def size_names(sizes: Mapping[int, float]) -> dict[int, str]:
     """Row -> its third by mask size.
 
@@ -99,7 +149,7 @@ def size_names(sizes: Mapping[int, float]) -> dict[int, str]:
 
 
 def break_down(rows: Sequence[PredictedRow], sizes: Mapping[int, str]) -> list[Dimension]:
-    """Scores by split, question kind, mask size and class; dimensions that the data do not tell are left out.
+    """Scores by split, question kind, mask size and class; dimensions that the data do not have are left out.
 
     Args:
         rows: of one evaluation.
