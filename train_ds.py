@@ -144,7 +144,7 @@ def train(
     from utils.log import Means, Recent, due
     from utils.watch import Watch
 
-    batches, means, recent, watch = iter(loader), Means(), Recent(), Watch(config.watch)
+    batches, means, recent, watch = iter(loader), Means(), Recent(), Watch(config.watch, config.grpo.max_new_tokens)
     accumulation, steps = config.engine.accumulation, config.optim.steps
     updates = config.grpo.updates_per_batch if config.stage == "grpo" else 1
     engine.train()

@@ -70,7 +70,14 @@ class GrpoConfig(Section):
         "released code LISA_grpo.py:430-434 leaves it to transformers",
         gt=0,
     )
-    max_new_tokens: int = knob(150, "longest answer", "tokens", "published code LISA_grpo.py:434", ge=1)
+    max_new_tokens: int = knob(
+        320,
+        "longest answer (published: 150, which cuts reflective ones: the two paths of paper 6.2's example, trigger and "
+        "ending are 148 words, about 200 tokens at 1.35 a word; the rest is room)",
+        "tokens",
+        "ours: LISA_grpo.py:434 has 150",
+        ge=1,
+    )
     clip_eps: float = knob(
         0.2, "the ratio is clipped below 1 - this", "1", "ours: GRPO's usual value, paper eq. 5 is silent", gt=0, lt=1
     )

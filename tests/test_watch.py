@@ -46,6 +46,14 @@ def test_reward_and_entropy_collapse_are_warned() -> None:
     assert Watch(SMALL).metrics(1, {"loss": 1.0}) == []
 
 
+def test_a_first_step_of_cut_answers_is_warned_with_the_number_to_set() -> None:
+    (text,) = Watch(SMALL, 150).metrics(1, {"truncated_share": 0.25})
+    assert "25% of the answers were cut at grpo.max_new_tokens = 150" in text
+    assert "set grpo.max_new_tokens to 300" in text
+    watch = Watch(SMALL, 150)
+    assert watch.metrics(1, {"truncated_share": 0.2}) == [] == watch.metrics(2, {"truncated_share": 0.9})
+
+
 def test_sigterm_is_noted_and_the_handler_put_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
     preemption = Preemption(60.0)

@@ -12,8 +12,11 @@ REMEDIES = {
     "repeated": "look at samples.jsonl; raise grpo.temperature or grpo.beta, or lower optim.lr",
     "seg": "lower optim.lr, raise loss.ce or the format reward; start again from the last good checkpoint",
     "reward": "lower optim.lr, set grpo.beta above 0; start again from the best checkpoint (log.keep_best=reward_all)",
+    "cut": "set grpo.max_new_tokens to {tokens} (cut answers have no ending and no [SEG])",
     "entropy": "raise grpo.temperature, grpo.clip_eps_high or grpo.beta, or lower optim.lr",
 }
+LARGEST_CUT = 0.2
+"""Share of cut answers in a first step from which the length limit is called too low."""
 _log = logging.getLogger("aurora.watch")
 
 
@@ -22,10 +25,13 @@ class Watch:
 
     Args:
         config: thresholds.
+        max_new_tokens: longest answer that training draws, in tokens.
     """
 
-    def __init__(self, config: WatchConfig) -> None:
+    def __init__(self, config: WatchConfig, max_new_tokens: int = 0) -> None:
         self.config = config
+        self._longest = max_new_tokens
+        self._first = True
         self._texts: deque[str] = deque(maxlen=config.window)
         self._has_seg: deque[bool] = deque(maxlen=config.window)
         self._rewards: deque[float] = deque(maxlen=config.window)
@@ -55,8 +61,12 @@ class Watch:
         ]
 
     def metrics(self, step: int, values: dict[str, float]) -> list[str]:
-        """Judge a row of metrics (reward_all, entropy: stage grpo); returns (and logs) new warnings."""
+        """Judge a row of metrics (truncated_share, reward_all, entropy: stage grpo); as `answers` otherwise."""
         found = []
+        if "truncated_share" in values and self._first:
+            self._first, share = False, values["truncated_share"]
+            text = f"step {step}: {share:.0%} of the answers were cut at grpo.max_new_tokens = {self._longest}"
+            found += self._judge("cut", share > LARGEST_CUT, text)
         if "reward_all" in values:
             self._rewards.append(values["reward_all"])
             mean = sum(self._rewards) / len(self._rewards)
@@ -79,6 +89,6 @@ class Watch:
         if name in self._warned:
             return []
         self._warned.add(name)
-        message = f"{text}. Remedy: {REMEDIES[name]}."
+        message = f"{text}. Remedy: {REMEDIES[name].format(tokens=2 * self._longest)}."
         _log.warning(message)
         return [message]

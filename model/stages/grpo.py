@@ -10,6 +10,7 @@
 | - | rollouts with dropout, clips encoded once per answer | eval mode throughout, clips encoded once, prompt read once per group | the first ratio is exactly 1; `model.aurora.shared_prompt` |
 | no learning rate, no warm-up (4.1) | 1e-5, warm-up 30 (train_ds.py:88, :342) | the same | a tenth of the rate of the stages with a cross entropy |
 | - | top_p .9, and top_k and repetition penalty of generation_config.json (else 50 and 1), in sampling, not in scoring | the same: old and new are both scored without cut and penalty | a ratio of two cut distributions may be 0 / 0 |
+| reflective answers hold two paths | max_new_tokens 150 (LISA_grpo.py:434) | 320 | paper 6.2's example as a path is 148 words, about 200 tokens; what is cut has no [SEG] and no reward of format |
 
 The old log-probabilities are those of the first scoring pass after sampling: the weights have not moved yet, so that
 pass IS the sampling policy, in the very numerics of the later passes. Nothing is computed twice, and the first ratio is
