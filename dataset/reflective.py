@@ -86,13 +86,15 @@ def without_seg(text: str) -> str:
     return _ENDING.sub("", text).strip()
 
 
-def build_path(row: int, uid: str, target: str, wrong: str, corrected: str, seed: int) -> ReflectivePath:
-    """Join the parts; the trigger depends on (seed, row) alone.
+def build_path(
+    row: int, uid: str, target: str, wrong: str, corrected: str, seed: int = 0, phrase: str | None = None
+) -> ReflectivePath:
+    """Join the parts; the trigger is `phrase`, or depends on (seed, row) alone.
 
     Raises:
         DataError: a part is empty, or the corrected path does not end in the target.
     """
-    parts = [without_seg(wrong), trigger(row, seed), without_seg(corrected)]
+    parts = [without_seg(wrong), phrase or trigger(row, seed), without_seg(corrected)]
     where = f"row {row} ({uid})"
     if not parts[0] or not parts[2]:
         empty = "wrong" if not parts[0] else "corrected"

@@ -222,3 +222,34 @@ def test_written_paths_are_sorted(tmp_path: Path) -> None:
     write_reflective(tmp_path / "r.jsonl", paths)
     assert [json.loads(line)["row"] for line in (tmp_path / "r.jsonl").read_text().splitlines()] == [3, 7]
     assert tiny_sample(0).label_start == 0
+
+
+RELEASED = {
+    0: (f"{WRONG} Wait, let me re-evaluate… {RIGHT.replace('man.', 'cello.')}", ""),
+    1: ("The man plays. So the target is the man. But is that right? Let me check. So the target is the violin.", ""),
+    2: (RIGHT, "no sentence opens as a trigger does"),
+    3: ("Wait, let me look. So the target is the null.", "no target is named before the trigger"),
+}
+
+
+def test_the_released_list_is_split_or_said_why_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    index = RefAvsIndex(write_world(tmp_path / "data", seconds=0.1))
+    rows = index.rows("train")
+    texts = {row.row: RELEASED[i][0].replace("violin", row.class_name) for i, row in enumerate(rows)}
+    texts[rows[0].row] = texts[rows[0].row].replace("the cello.", f"the {rows[0].class_name}.")
+    (tmp_path / "list.json").write_text(json.dumps([{"reasoning": text} for text in texts.values()]))
+    arguments = ["--import-published", str(tmp_path / "list.json"), "--out", str(tmp_path / "out.jsonl")]
+    assert build_reflective.main([*arguments, "--data", str(tmp_path / "data")]) == 0
+    shown = capsys.readouterr().out
+    assert "2 reflective paths" in shown
+    for i, row in enumerate(rows):
+        reason = RELEASED[i][1]
+        assert not reason or f"not split, 1: {reason} (rows {row.row})" in shown
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    parts = [[r["reasoning"][a:b] for a, b in r["spans"].values()] for r in records]
+    assert [p[1] for p in parts] == ["Wait, let me re-evaluate…", "But is that right? Let me check."]
+    assert parts[0][0] == WRONG.removesuffix(" It is [SEG].") and not any("[SEG]" in r["reasoning"] for r in records)
+    assert set(read_reflective([tmp_path / "out.jsonl"], index)) == {rows[0].row, rows[1].row}
+    (tmp_path / "list.json").write_text(json.dumps([RIGHT]))
+    assert build_reflective.main([*arguments, "--data", str(tmp_path / "data")]) == 1
+    assert "1 elements, but split train has 4 rows" in capsys.readouterr().err
