@@ -89,6 +89,8 @@ def test_rows_differ_from_the_paper_s_method_in_what_they_say() -> None:
 
     for scale in ("paper", "mini"):
         assert config("wo_cot", scale).data.answer == "plain" and config("wo_distill", scale).loss.distill == 0
+        # Its teacher reads the true class; the study `teacher` has the one that does not.
+        assert config("wo_cot", scale).sft.teacher_answer in ("class", "conclusion")
         assert config("ct", scale).reflective.target == "corrected_only"
         assert config("format_iou", scale).grpo.reward_weights == {"format": 1.0, "iou": 1.0, "class": 0.0}
         assert config("s4", scale).data.benchmark == "avsbench_s4"
@@ -100,6 +102,10 @@ def test_rows_differ_from_the_paper_s_method_in_what_they_say() -> None:
         for name in ("wo_cot", "wo_mllm"):
             rows = {"answer": "reasoning"}
             assert config(name, scale).data.model_copy(update=rows) == config("cot", scale).data, "the same rows"
+    plain = config("wo_cot_plain", "mini")
+    assert plain.sft.teacher_answer == config("plain_teacher", "mini").data.answer == plain.data.answer == "plain"
+    for table in (2, 7):
+        assert "reads the true class" in TABLES[table].remark
     assert config("wo_mllm").model.text_encoder and config("wo_mllm", "mini").model.text_encoder is None
     sft = load_config(ROOT / "configs/sft.yaml", ["output_dir=x"])
     assert config("cot").model_copy(update={"output_dir": "x"}) == sft

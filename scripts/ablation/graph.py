@@ -88,6 +88,8 @@ CHECKPOINTS = {"early": "cot/checkpoints/step_000090"}
 EARLY = {"init_from": CHECKPOINTS["early"]}
 STUDY_TRAININGS: dict[str, Train] = {
     "crt_all": TRAININGS["crt"],
+    "plain_teacher": Train(),
+    "wo_cot_plain": Train({"sft.teacher_checkpoint": "plain_teacher/final"}),
     "early_sft": Train({**EARLY, **TEACHER}),
     **{f"early_{name}": Train(EARLY) for name in ("grpo", "tenth", "format", "t1", "all", "best", "none", "reasoning")},
 }
