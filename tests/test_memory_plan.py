@@ -319,7 +319,7 @@ def test_command_on_the_tiny_model(tmp_path: Path, sam_json: str, capsys: pytest
 
 def test_every_shipped_run_fits_and_the_document_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
     """Two GPUs of 48 GB; every total within 15 % of the earlier plan, which ran the modules on the meta device."""
-    document = (ROOT / "docs/memory.md").read_text(encoding="utf-8")
+    document, _, earlier = (ROOT / "docs/memory.md").read_text(encoding="utf-8").partition("## What it was compared")
     shipped = [path for folder in ("configs", "configs/lean") for path in sorted((ROOT / folder).glob("*.yaml"))]
     names = [str(path.relative_to(ROOT)) for path in shipped if path.name != "base.yaml"]
     assert main(["--markdown", "--config", *(str(ROOT / name) for name in names)]) == 0
@@ -327,7 +327,7 @@ def test_every_shipped_run_fits_and_the_document_is_up_to_date(capsys: pytest.Ca
     for name, row in zip(names, rows, strict=True):
         assert row in document, f"docs/memory.md lacks this row (plan_memory.py --markdown --config {name}): {row}"
         new = float(row.strip("| ").split("|")[-2])
-        old = float(re.search(rf"^\| `{re.escape(name)}` \| ([\d.]+) \| [\d.]+!? \|", document, re.MULTILINE).group(1))
+        old = float(re.search(rf"^\| `{re.escape(name)}` \| ([\d.]+) ", earlier, re.MULTILINE).group(1))
         assert new <= 48 and new == pytest.approx(old, rel=0.15), name
     for path in (ROOT / "configs/mini").glob("*.yaml"):
         if path.name != "base.yaml":
