@@ -1,6 +1,6 @@
 """Peak memory and speed of every stage on this machine's GPUs, beside the plan's prediction.
 
-    python scripts/bench_gpu.py [--gpus 2] [--stages teacher sft grpo eval] [--attention sdpa flash_attention_2]
+    python scripts/bench_gpu.py [--gpus 2] [--stages teacher sft grpo eval] [--attention sdpa eager]
                                 [--sam-sizes 224 1024] [--steps 4]
 
 A model of the 7B sizes with random weights in bf16 and SAM ViT-H runs the shipped configs at their real lengths: no
@@ -19,7 +19,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=1, help="processes (default: %(default)s)")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=["teacher", "sft", "grpo", "eval"])
-    parser.add_argument("--attention", nargs="+", default=["sdpa", "flash_attention_2"])
+    parser.add_argument("--attention", nargs="+", default=["sdpa", "eager"])
     parser.add_argument("--sam-sizes", nargs="+", type=int, default=[224, 1024], help="pixels (default: 224 1024)")
     parser.add_argument("--steps", type=int, default=4, help="optimiser steps, the first not timed (%(default)s)")
     parser.add_argument("--tiny", action="store_true", help="mini configs on the CPU; nothing is written")
@@ -119,8 +118,6 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 def launch(case: Case) -> dict[str, Any]:
     """Run a case in fresh processes; an error (out of memory, too) becomes the row's `error`."""
-    if case.attention == "flash_attention_2" and find_spec("flash_attn") is None:
-        return {**asdict(case), "error": "the package flash-attn is not installed"}
     command = [sys.executable]
     if case.gpus > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.gpus}"]

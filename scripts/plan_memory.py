@@ -267,10 +267,7 @@ def make_plan(config: RunConfig, machine: Machine) -> Plan:
     Raises:
         ConfigError: SAM's type or size is wrong, or a pattern of `trainable` matches nothing.
     """
-    # flash_attention_2 needs its package to be built; its memory is that of the fused kernel in sdpa.
-    attention = config.model.attention.replace("flash_attention_2", "sdpa")
-    bare = {"model": config.model.model_copy(update={"attention": attention}),
-            "engine": EngineConfig(precision=config.engine.precision)}  # fmt: skip
+    bare = {"engine": EngineConfig(precision=config.engine.precision)}
     model = meta_model(config.model_copy(update=bare).model_dump_json())
     trained, e = [p.numel() for p in model.parameters() if p.requires_grad], model.backbone.dtype.itemsize
     states = engine_states(trained, sum(p.numel() for p in model.parameters()), e, machine.gpus, config.engine)

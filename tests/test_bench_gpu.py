@@ -38,12 +38,12 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(
 
 def test_every_case_is_a_valid_run(tmp_path: Path) -> None:
     options = argparse.Namespace(
-        tiny=False, stages=list(STAGES), attention=["sdpa", "flash_attention_2"], sam_sizes=[224, 1024], gpus=2, steps=4
+        tiny=False, stages=list(STAGES), attention=["sdpa", "eager"], sam_sizes=[224, 1024], gpus=2, steps=4
     )
     planned = list(cases(options))
     assert {case.stage for case in planned} == set(STAGES)
     assert {(c.attention, c.sam_image_size) for c in planned if c.stage == "sft"} == {
-        ("sdpa", 224), ("flash_attention_2", 224), ("sdpa", 1024),
+        ("sdpa", 224), ("eager", 224), ("sdpa", 1024),
     }  # fmt: skip
     for case in planned:
         config = case.config(tmp_path)
