@@ -232,11 +232,11 @@ def tower_peak(config: RunConfig, model: AuroraModel, work: Workload) -> dict[st
 def layer_saves(config: RunConfig, model: AuroraModel, work: Workload, prompt: int) -> dict[str, int]:
     """Bytes that one layer of the language model saves for backward, by kind; prompts have `prompt` tokens."""
     language, e, group = model.backbone.config.language, model.backbone.dtype.itemsize, work.group
-    width, heads, eager = language.hidden_size, language.num_attention_heads, config.model.attention == "eager"
+    width, heads = language.hidden_size, language.num_attention_heads
     own, length = group * work.answer_tokens, prompt + work.answer_tokens
     # Behind a mask (padding; the answers of a group behind their prompt) keys and values are repeated for every head.
     seen = prompt**2 + own * length if group > 1 else length**2
-    repeated = length * (group if group > 1 else work.clips > 1 or eager)
+    repeated = length * (group if group > 1 else work.clips > 1)
     plain = prompt if group > 1 else 0 if repeated else length
     dropped = config.stage != "grpo" and config.trainable.lora_dropout > 0
     inputs = {}
@@ -249,7 +249,7 @@ def layer_saves(config: RunConfig, model: AuroraModel, work: Workload, prompt: i
     return {
         "norms in float32": tokens * 2 * 4 * width,
         "attention": 2 * e * (tokens * width + work.clips * plain * width * language.num_key_value_heads // heads)
-        + work.clips * (2 * e * width * repeated + seen * ((4 + e % 4) * heads if eager else repeated > 0)),
+        + work.clips * (2 * e * width * repeated + seen * (repeated > 0)),
         "gate, SiLU, up": tokens * 3 * language.intermediate_size * e,
         "inputs of trained weights": tokens * sum(inputs.values()),
     }
