@@ -3,11 +3,10 @@
     python scripts/generate_cot.py --data data/mini --out runs/engine/train.jsonl                 # the mini world's own
     python scripts/generate_cot.py --data data/refavs --out data/refavs/cot/train.jsonl --send \\
         --backend openai --model Qwen/Qwen2.5-Omni-7B --base-url http://localhost:8000/v1 --concurrency 32
-    torchrun --nproc-per-node=2 scripts/generate_cot.py --data data/refavs --out ... --backend transformers --model ...
     python scripts/generate_cot.py --data data/refavs --out data/refavs/cot/train.jsonl --import-published train.json
 
 A run that was interrupted continues when the same command is given again. Exit status: 0 complete, 1 error, 3 rows are
-open (the service failed), 4 ended by the spending cap or by the service.
+open (the service failed), 4 ended by the cost limit or by the service.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.annotate.backend import Request, choose_frames  # noqa: E402 - the project's root must be on the path first
-from dataset.annotate.command import add_options, check_options, execute, settings  # noqa: E402
-from dataset.annotate.gates import writer_judge  # noqa: E402
+from dataset.annotate.backends import Request, choose_frames  # noqa: E402 - the project's root must be on the path first
+from dataset.annotate.engine import add_options, annotate, check_options  # noqa: E402
+from dataset.annotate.gates import reasoning_gate  # noqa: E402
 from dataset.annotate.prompts import WRITER_FRAMES, fill, read_template  # noqa: E402
 from dataset.cot import import_published, write_cot  # noqa: E402
 from dataset.refavs import RefAvsIndex, Split  # noqa: E402
@@ -52,8 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
             )
             for row in index.rows(options.split)[: options.limit]
         ]
-        facts = settings(options, template, task="write", style=options.style, split=options.split)
-        return execute(options, requests, facts, writer_judge(options.style), "write", options.style)
+        own = {"style": options.style, "split": options.split}
+        return annotate(options, requests, reasoning_gate(options.style), template, "write", **own)
     except AuroraError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1

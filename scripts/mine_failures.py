@@ -11,7 +11,6 @@ true one, or none. Beside --out: <out>.report.json, and <out>.eval/ with all pre
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -21,9 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 import train_ds_test  # noqa: E402 - the project's root must be on the path first
 from configs.schema import RunConfig  # noqa: E402
-from dataset.annotate.failures import IOU, failure_lines, mine, mining_report  # noqa: E402
+from dataset.annotate.failures import IOU, write_failures  # noqa: E402
 from utils.errors import AuroraError  # noqa: E402
-from utils.results import write_json, write_jsonl  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,20 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
             raise AuroraError(f"{options.checkpoint}: a teacher writes no reasoning. Remedy: name stage 1.")
         train_ds_test.run(config, stage)
         if os.environ.get("RANK", "0") == "0":
-            write_failures(folder / "train" / "predictions.jsonl", options.out, options.iou)
+            report = write_failures(folder / "train" / "predictions.jsonl", options.out, options.iou)
+            print("{mined} of {rows} rows mined ({mined_percent} %): ".format(**report) + str(options.out))
 
     return train_ds_test.guarded(options.config, settings, evaluate)
-
-
-def write_failures(predictions: Path, out: Path, below: float) -> None:
-    """Filter a finished evaluation into `out` and its report."""
-    with open(predictions, encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file]
-    failures = mine(lines, below)
-    report = mining_report(len(lines), failures, [line["kind"] for line in lines], below)
-    write_jsonl(out, failure_lines(failures))
-    write_json(out.with_name(f"{out.name}.report.json"), report)
-    print(f"{report['mined']} of {report['rows']} rows mined ({report['mined_percent']} %): {out}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 
-TRANSIENT = ("429", "429_after", "500", "503", "hang", "cut", "no_json", "no_choices", "empty", "no_parts")
+TRANSIENT = ("429", "429_after", "500", "503", "hang", "cut", "no_json", "no_object", "no_choices", "empty", "no_parts")
 """Faults after which asking again helps."""
 
 
@@ -93,8 +93,8 @@ class MisbehavingServer:
             return _send(request, int(fault[:3]), json.dumps(error), {"Retry-After": "0.02"} if "_" in fault else {})
         if fault == "no_json":
             return _send(request, 200, '{"choices": [')
-        if fault == "no_choices":
-            return _send(request, 200, "{}")
+        if fault in ("no_object", "no_choices"):
+            return _send(request, 200, "[7]" if fault == "no_object" else "{}")
         text = {"empty": "", "no_parts": "I think it is a cat.", "right": " Right. "}.get(fault) or good_answer(prompt)
         text = "" if fault == "empty" else text
         with self.lock:

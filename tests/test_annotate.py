@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dataset.annotate.backend import Reply, Request, Transient, redacted
-from dataset.annotate.correction import corrector_judge, edit_ratio, is_right, parse_correction, split_parts, unmark
-from dataset.annotate.engine import Engine, Limits
-from dataset.annotate.failures import mine, mining_report
-from dataset.annotate.gates import problems, tidy
-from dataset.annotate.mini_backend import MiniBackend, mark_changes
-from dataset.annotate.money import Budget, Prices
+from dataset.annotate.backends import Blocked, Reply, Request, Unanswered, redacted
+from dataset.annotate.correction import correction_gate, edit_ratio, is_right, parse_correction, split_parts, unmark
+from dataset.annotate.engine import Engine, Journal, Limits
+from dataset.annotate.failures import mine, read_failures, write_failures
+from dataset.annotate.gates import problems_of_reasoning, reasoning_gate, tidy
+from dataset.annotate.mini import mark_changes
 from dataset.annotate.prompts import fill, read_template
 from dataset.cot import read_cot
 from dataset.mini_language import chain_is_faithful
@@ -25,7 +25,7 @@ from dataset.reflective import read_reflective
 from scripts import analyze_failures, build_reflective, correct_paths, generate_cot
 from tests.data_builders import write_lines
 from utils.errors import DataError
-from utils.results import PartWriter, encode_masks
+from utils.results import encode_masks
 
 GOOD = "The images show a man. The audio contains his voice. The reference asks for the speaker. So the target is man."
 
@@ -58,12 +58,13 @@ def request(number: int = 0, wrong: str = "", attempt: int = 0, **fields: object
     ],
 )
 def test_gates_of_written_reasoning(text: str, expected: tuple[str, ...]) -> None:
-    assert problems(text, "man", "flexible") == expected
+    assert problems_of_reasoning(text, "man", "flexible") == expected
 
 
 def test_fixed_format_needs_its_five_points() -> None:
     fixed = f"Reasoning: 1) a 2) b 3) c 4) d 5) {GOOD}"
-    assert problems(fixed, "man", "fixed") == () and problems(GOOD, "man", "fixed") == ("not_fixed_format",)
+    assert problems_of_reasoning(fixed, "man", "fixed") == ()
+    assert problems_of_reasoning(GOOD, "man", "fixed") == ("not_fixed_format",)
 
 
 @pytest.mark.parametrize(
@@ -93,10 +94,10 @@ def test_two_part_answers_are_parsed() -> None:
 
 
 @pytest.mark.parametrize("text", ["right", '"Right."', " **right** \n"])
-def test_right_is_a_verdict(text: str) -> None:
+def test_right_is_kept_apart(text: str) -> None:
     assert is_right(text) and not is_right("the right one")
-    verdict = corrector_judge(0.6)(request(wrong=WRONG), Reply(text))
-    assert verdict.status == "right" and verdict.record["target"] == "man"
+    result = correction_gate(0.6)(request(wrong=WRONG), text)
+    assert result.status == "right" and result.record["target"] == "man"
 
 
 @pytest.mark.parametrize(
@@ -112,8 +113,8 @@ def test_right_is_a_verdict(text: str) -> None:
     ],
 )
 def test_faulty_corrections_are_refused(text: str, problem: str) -> None:
-    verdict = corrector_judge(0.6)(request(wrong=WRONG), Reply(text))
-    assert verdict.status == "refused" and verdict.problems == (problem,)
+    result = correction_gate(0.6)(request(wrong=WRONG), text)
+    assert result.status == "refused" and result.problems == (problem,)
 
 
 def test_marks_and_ratios() -> None:
@@ -169,51 +170,58 @@ def test_reasoning_is_written_by_the_paper_s_prompt(world: Path, tmp_path: Path)
 
 
 def test_secrets_are_cut_out() -> None:
-    assert redacted("Bearer abc\nfailed abc", "abc", None) == "Bearer <key> failed <key>"
+    assert redacted(ValueError("Bearer abc\nfailed abc"), "abc", None) == "ValueError: Bearer <key> failed <key>"
 
 
 # ---- engine
 
 
-class Flaky:
-    """Fails a row twice, then answers its number."""
+class Scripted:
+    """Answers each row from its list of replies and errors, and keeps the moments at which it was asked."""
 
-    name, remote, batch_size = "flaky", True, 1
+    def __init__(self, *plans: list) -> None:
+        self.plans, self.asked = plans, []
 
-    def __init__(self) -> None:
-        self.asked: list[int] = []
-
-    def answer(self, requests: list[Request]) -> list[Reply]:
-        self.asked.append(requests[0].row.row)
-        if self.asked.count(requests[0].row.row) < 3:
-            raise Transient("busy", wait=7.0 if requests[0].row.row else None)
-        return [Reply(GOOD)]
+    def answer(self, request: Request) -> Reply:
+        self.asked.append((request.row.row, time.monotonic()))
+        found = self.plans[request.row.row].pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return Reply(found, 100, 10)
 
 
-def test_waits_double_unless_the_service_names_a_time(tmp_path: Path) -> None:
-    from dataset.annotate.gates import writer_judge
+def run(folder: Path, backend: Scripted, **limits: object) -> Engine:
+    """An engine after one run over the rows of the backend."""
+    journal = Journal(folder / "out.jsonl", {})
+    engine = Engine(backend, reasoning_gate("flexible"), Limits(**limits), journal)
+    settled = journal.settled()
+    engine.run([request(n) for n in range(len(backend.plans)) if n not in settled], len(settled))
+    return engine
 
-    waits: list[float] = []
-    budget = Budget(tmp_path / "ledger", 0, Prices(), None, 1)
-    limits = Limits(concurrency=1, first_wait=1.0, per_minute=1e9)
-    engine = Engine(Flaky(), writer_judge("flexible"), limits, budget, waits.append)
-    with PartWriter(tmp_path, 0) as writer:
-        progress = engine.run([request(0), request(1)], writer)
-    waits = [w for w in waits if w > 0.1]
-    assert 0.5 <= waits[0] <= 1.5 and 1 <= waits[1] <= 3 and waits[2:] == [7.0, 7.0]
-    assert progress.outcomes == {"accepted": 2} and not progress.open
+
+def test_half_answers_and_refusals_are_tried_again_and_the_rest_stays_open(tmp_path: Path, capsys) -> None:
+    half, down = Unanswered("cut", again=True), Unanswered("status 503")
+    backend = Scripted([GOOD], ["", half, GOOD], [half, half, half], [down], ["bad"] * 3, [Blocked("safety")])
+    engine = run(tmp_path, backend, concurrency=2)
+    assert engine.unanswered == {2: "cut", 3: "status 503"} and not any(backend.plans)
+    settled = engine.journal.settled()
+    assert {n: (r["status"], r["attempts"]) for n, r in settled.items()} == {
+        0: ("accepted", 1), 1: ("accepted", 3), 4: ("refused", 3), 5: ("blocked", 1)
+    }  # fmt: skip
+    assert settled[1]["problems"][0] == "empty" and settled[4]["reply"] == "bad"
+    assert set(engine.journal.settled(again=True)) == {0, 1}
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and lines[-1].startswith("6/6 ") and "row 3 c_man_3: open, status 503" in "".join(lines)
+    engine = run(tmp_path, Scripted([], [], [GOOD], [GOOD], [], []))
+    assert engine.unanswered == {} and len(engine.journal.settled()) == 6
+    assert engine.journal.spent == {"replies": 8, "tokens_in": 800, "tokens_out": 80, "usd": 0.0}
 
 
 def test_starts_keep_their_distance(tmp_path: Path) -> None:
-    waits: list[float] = []
-    budget = Budget(tmp_path / "ledger", 0, Prices(), None, 1)
-    backend = MiniBackend("classify", mistakes=1.0)
-    limits = Limits(concurrency=1, per_minute=60, tries=4)
-    from dataset.annotate.taxonomy import classifier_judge
-
-    with PartWriter(tmp_path, 0) as writer:
-        Engine(backend, classifier_judge(), limits, budget, waits.append).run([request(0)], writer)
-    assert len(waits) == 3 and all(abs(w - n) < 0.5 for n, w in enumerate(waits, 1))
+    backend = Scripted([GOOD], ["", GOOD], [GOOD])
+    run(tmp_path, backend, concurrency=3, per_minute=600)
+    moments = [moment for _, moment in backend.asked]
+    assert len(moments) == 4 and all(b - a > 0.09 for a, b in zip(moments, moments[1:], strict=False))
 
 
 # ---- mining
@@ -224,7 +232,7 @@ def line(number: int, j: float, answer: str | None, **fields: object) -> dict:
             "answer_class": answer, "reasoning": "text", **fields}  # fmt: skip
 
 
-def test_only_clear_failures_are_mined() -> None:
+def test_only_clear_failures_are_mined(tmp_path: Path) -> None:
     masks = np.zeros((4, 6, 8), bool)
     masks[0] = True
     null = {"class_name": "null", "J": None, "masks": encode_masks(masks)}
@@ -235,8 +243,10 @@ def test_only_clear_failures_are_mined() -> None:
     found = mine(lines)
     assert [(f.row, f.iou) for f in found] == [(0, 0.599), (3, 0.1)]
     assert [f.iou for f in mine(lines, 0.8)][-1] == 0.75
-    report = mining_report(6, found, ["audio"] * 6, 0.6)
+    report = write_failures(write_lines(tmp_path / "predictions.jsonl", lines), tmp_path / "out.jsonl")
     assert report["mined_percent"] == 33.333 and report["unreadable"] == 1
+    assert json.loads((tmp_path / "out.jsonl.report.json").read_text()) == report
+    assert read_failures(tmp_path / "out.jsonl") == found
     assert report["by_kind"] == {"audio": {"rows": 6, "mined": 2}}
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dataset.annotate.taxonomy import TYPES, count_table, rule_label
+from dataset.annotate.mini import rule_label
+from dataset.annotate.taxonomy import TYPES, count_table
 from dataset.refavs import Row, Split
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from dataset.annotate.backend import Reply, Request
-from dataset.annotate.engine import Judge, Verdict
-from dataset.annotate.gates import tidy
+from dataset.annotate.backends import Request
+from dataset.annotate.gates import Gate, GateResult, refused, tidy
 from dataset.cot import MAX_CHARACTERS
 from dataset.reflective import without_seg
 from utils.answers import parse_answer
@@ -84,11 +83,6 @@ def unmark(text: str, own: tuple[str, ...] = ()) -> tuple[str, tuple[tuple[int, 
     return "".join(pieces), tuple(spans)
 
 
-def quotations(text: str) -> tuple[str, ...]:
-    """Quoted passages of a text."""
-    return tuple(m[1] if m[1] is not None else m[2] for m in _MARKED.finditer(text))
-
-
 def edit_ratio(a: str, b: str) -> float:
     """Word-level Levenshtein distance over the number of words of the longer text; 0 = equal, 1 = nothing kept."""
     left, right = a.split(), b.split()
@@ -112,54 +106,43 @@ def parse_correction(text: str, wrong: str) -> Correction | None:
     if parts is None:
         return None
     wrong = without_seg(wrong)
-    own = quotations(wrong)
-    (original, left), (unmarked, right) = (unmark(" ".join(part.split()), own) for part in parts)
-    corrected = without_seg(tidy(unmarked, "fixed"))
-    kept = _still_there(original, left, wrong), _still_there(unmarked, right, corrected)
+    own = tuple(curly or straight for curly, straight in _MARKED.findall(wrong))
+    marked = [unmark(" ".join(part.split()), own) for part in parts]
+    corrected = without_seg(tidy(marked[1][0], "fixed"))
+    # a span holds for the final text too where both are equal up to its end
+    kept = (tuple(span for span in spans if text[: span[1]] == final[: span[1]])
+            for (text, spans), final in zip(marked, (wrong, corrected), strict=True))  # fmt: skip
     return Correction(wrong, corrected, *kept, edit_ratio(wrong, corrected))
 
 
-def _still_there(text: str, spans: tuple[tuple[int, int], ...], final: str) -> tuple[tuple[int, int], ...]:
-    """Spans of `text` that hold for `final` too, because both are equal up to their ends."""
-    return tuple((start, end) for start, end in spans if text[:end] == final[:end])
-
-
-def corrector_judge(max_ratio: float) -> Judge:
-    """Judge of `scripts/correct_paths.py`.
+def correction_gate(max_ratio: float) -> Gate:
+    """Gate of `scripts/correct_paths.py`.
 
     Args:
         max_ratio: largest edit ratio that still counts as minimal modification (Yu et al. 2024, paper section 3.2).
     """
 
-    def judge(request: Request, reply: Reply) -> Verdict:
+    def gate(request: Request, reply: str) -> GateResult:
         target = request.row.class_name
-        if not reply.text.strip():
-            return Verdict("refused", problems=("empty",))
-        if is_right(reply.text):
-            # A mined path names another class than the true one, so "right" contradicts the data: kept apart.
-            return Verdict("right", {"wrong": without_seg(request.wrong), "target": target})
+        if not reply.strip():
+            return refused("empty")
+        if is_right(reply):
+            # a mined path names another class than the true one, so "right" contradicts the data: kept apart
+            return GateResult("right", {"wrong": without_seg(request.wrong), "target": target})
         try:
-            found = parse_correction(reply.text, request.wrong)
+            found = parse_correction(reply, request.wrong)
         except ValueError:
-            return Verdict("refused", problems=("marks_not_closed",))
+            return refused("marks_not_closed")
         if found is None:
-            return Verdict("refused", problems=("no_two_parts",))
-        problems = []
-        if parse_answer(found.corrected) != target:
-            problems.append("wrong_target")
-        if found.corrected == found.wrong:
-            problems.append("unchanged")
-        if found.edit_ratio > max_ratio:
-            problems.append("not_minimal")
-        if len(found.corrected) >= MAX_CHARACTERS:
-            problems.append("too_long")
-        if problems:
-            return Verdict("refused", problems=tuple(problems))
-        record = {
-            "target": target, "wrong": found.wrong, "corrected": found.corrected,
-            "wrong_spans": [list(s) for s in found.wrong_spans],
-            "corrected_spans": [list(s) for s in found.corrected_spans], "edit_ratio": round(found.edit_ratio, 4),
-        }  # fmt: skip
-        return Verdict("accepted", record)
+            return refused("no_two_parts")
+        failed = {
+            "wrong_target": parse_answer(found.corrected) != target,
+            "unchanged": found.corrected == found.wrong,
+            "not_minimal": found.edit_ratio > max_ratio,
+            "too_long": len(found.corrected) >= MAX_CHARACTERS,
+        }
+        if any(failed.values()):
+            return refused(*(name for name, fails in failed.items() if fails))
+        return GateResult("accepted", {"target": target, **asdict(found), "edit_ratio": round(found.edit_ratio, 4)})
 
-    return judge
+    return gate

@@ -13,10 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dataset.annotate.backends import Request, choose_frames
+from dataset.annotate.prompts import CORRECTOR_FRAMES, fill
 from dataset.cot import numbered_lines
-from dataset.refavs import NULL_CLASS
+from dataset.refavs import NULL_CLASS, RefAvsIndex
+from dataset.reflective import without_seg
 from utils.errors import DataError
-from utils.results import decode_masks
+from utils.results import decode_masks, write_json, write_jsonl
 
 IOU = 0.6
 """Rows below it are candidates (paper section 3.2)."""
@@ -58,19 +61,23 @@ def mine(predictions: Iterable[dict[str, Any]], below: float = IOU) -> list[Fail
     return found
 
 
-def mining_report(rows: int, failures: list[Failure], kinds: Iterable[str], below: float) -> dict[str, Any]:
-    """Counts of a mining run: in all, by question kind and by true class."""
-    asked = Counter(kinds)
-    mined = Counter(f.kind for f in failures)
-    return {
-        "rows": rows,
+def write_failures(predictions: Path, out: Path, below: float = IOU) -> dict[str, Any]:
+    """Filter a finished evaluation of the training rows into `out` and <out>.report.json; returns the report."""
+    lines = [json.loads(text) for _, text in numbered_lines(predictions, "run scripts/mine_failures.py again")]
+    failures = mine(lines, below)
+    asked, mined = (Counter(kinds) for kinds in ((line["kind"] for line in lines), (f.kind for f in failures)))
+    report = {
+        "rows": len(lines),
         "mined": len(failures),
-        "mined_percent": round(100 * len(failures) / rows, 3) if rows else 0.0,
+        "mined_percent": round(100 * len(failures) / len(lines), 3) if lines else 0.0,
         "iou_below": below,
         "unreadable": sum(f.answer_class is None for f in failures),
         "by_kind": {kind: {"rows": count, "mined": mined[kind]} for kind, count in sorted(asked.items())},
         "by_class": dict(Counter(f.target for f in failures).most_common()),
     }
+    write_jsonl(out, map(asdict, failures))
+    write_json(out.with_name(f"{out.name}.report.json"), report)
+    return report
 
 
 def read_failures(path: Path) -> list[Failure]:
@@ -91,9 +98,23 @@ def read_failures(path: Path) -> list[Failure]:
     return list(found.values())
 
 
-def failure_lines(failures: Iterable[Failure]) -> list[dict[str, Any]]:
-    """Plain values, one per line."""
-    return [asdict(f) for f in failures]
+def failure_requests(index: RefAvsIndex, failures: Iterable[Failure], template: str) -> list[Request]:
+    """Ten frames, sound and prompt for each failure.
+
+    Raises:
+        DataError: a failure is about a row that the metadata does not have, or has under another uid.
+    """
+    requests = []
+    for failure in failures:
+        row = index.row(failure.row)
+        if row is None or row.uid != failure.uid:
+            raise DataError(f"row {failure.row} is {row and row.uid!r} in {index.root}, {failure.uid!r} in the "
+                            "failures. Remedy: mine with this metadata.csv.")  # fmt: skip
+        wrong = without_seg(failure.path)
+        prompt = fill(template, reference=row.reference, target=row.class_name, wrong=wrong)
+        frames = choose_frames(index, row.clip, CORRECTOR_FRAMES)
+        requests.append(Request(row, prompt, frames, index.audio_path(row.clip), wrong=failure.path))
+    return requests
 
 
 def _iou(line: dict[str, Any]) -> float:

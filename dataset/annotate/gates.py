@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from dataset.annotate.backend import Reply, Request
-from dataset.annotate.engine import Judge, Verdict
+from dataset.annotate.backends import Request
 from dataset.annotate.prompts import Style
 from dataset.cot import MAX_CHARACTERS
 from utils.answers import parse_answer, plain_conclusion, without_ending
@@ -25,6 +27,27 @@ _LEAK = re.compile(r"\b(given|provided|correct) (target|answer)\b", re.IGNORECAS
 _ENDING = re.compile(r"\bthe\s+target\s+is\s+(?:the\s+)?[^.!?]{1,60}\.$", re.IGNORECASE)
 
 
+@dataclass(frozen=True)
+class GateResult:
+    """What a gate says of a reply."""
+
+    status: Literal["accepted", "right", "refused"]
+    """A refused reply is asked for again while tries are left; "right" is the corrector's verdict."""
+    record: dict[str, Any] = field(default_factory=dict)
+    """Fields of the row's line."""
+    problems: tuple[str, ...] = ()
+    """Why the reply was refused, by name."""
+
+
+Gate = Callable[[Request, str], GateResult]
+"""(request, text of the reply) -> result."""
+
+
+def refused(*problems: str) -> GateResult:
+    """A refusal with its reasons."""
+    return GateResult("refused", problems=problems)
+
+
 def tidy(text: str, style: Style) -> str:
     """A reply as training wants it: one paragraph, no heading, plain ending "the target is X."."""
     text = " ".join(text.replace("**", "").split())
@@ -33,32 +56,27 @@ def tidy(text: str, style: Style) -> str:
     return plain_conclusion(without_ending(text))
 
 
-def problems(text: str, target: str, style: Style) -> tuple[str, ...]:
+def problems_of_reasoning(text: str, target: str, style: Style) -> tuple[str, ...]:
     """Names of the gates that a tidied text fails, none for a good one."""
-    found = [] if text else ["empty"]
-    if 0 < len(text) < SHORTEST:
-        found.append("too_short")
-    if len(text) >= MAX_CHARACTERS:
-        found.append("too_long")
-    found += [f"no_{step}_step" for step, words in STEPS.items() if not words.search(text)]
-    if not _ENDING.search(text):
-        found.append("no_ending")
-    if parse_answer(text) != target:
-        found.append("wrong_target")
-    if _LEAK.search(text):
-        found.append("leaks_the_answer")
-    if style == "fixed" and not FIXED.search(text):
-        found.append("not_fixed_format")
-    return tuple(found)
+    failed = {
+        "empty": not text,
+        "too_short": 0 < len(text) < SHORTEST,
+        "too_long": len(text) >= MAX_CHARACTERS,
+        **{f"no_{step}_step": not words.search(text) for step, words in STEPS.items()},
+        "no_ending": not _ENDING.search(text),
+        "wrong_target": parse_answer(text) != target,
+        "leaks_the_answer": bool(_LEAK.search(text)),
+        "not_fixed_format": style == "fixed" and not FIXED.search(text),
+    }
+    return tuple(name for name, fails in failed.items() if fails)
 
 
-def writer_judge(style: Style) -> Judge:
-    """Judge of `scripts/generate_cot.py`: an accepted line is a reasoning record."""
+def reasoning_gate(style: Style) -> Gate:
+    """Gate of `scripts/generate_cot.py`: an accepted line is a reasoning record."""
 
-    def judge(request: Request, reply: Reply) -> Verdict:
-        text = tidy(reply.text, style)
-        target = request.row.class_name
-        found = problems(text, target, style)
-        return Verdict("refused", {}, found) if found else Verdict("accepted", {"reasoning": text, "target": target})
+    def gate(request: Request, reply: str) -> GateResult:
+        text, target = tidy(reply, style), request.row.class_name
+        problems = problems_of_reasoning(text, target, style)
+        return refused(*problems) if problems else GateResult("accepted", {"reasoning": text, "target": target})
 
-    return judge
+    return gate

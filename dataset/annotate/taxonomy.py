@@ -1,23 +1,24 @@
 """Why a path is wrong: seven types in three families (paper section 7.1, Figure 4).
 
-On real data the types come from a backend (`templates/classify.txt`); in the mini world from rules over its truth. The
-rules judge the steps in the order in which they depend on each other, and name the first that is wrong. One type has no
-place there: nothing in that world is common knowledge, so no rule yields `general_knowledge`.
+On real data the types come from a backend (`templates/classify.txt`), in the mini world from rules over its truth
+(`dataset.annotate.mini.rule_label`).
 """
 
 from __future__ import annotations
 
+import csv
+import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from dataset.annotate.backend import Reply, Request
-from dataset.annotate.engine import Judge, Verdict
-from dataset.mini_language import NULL_KIND, clause, place
-from dataset.mini_scene import CLASSES, COLOURS
-from dataset.refavs import Row
-from utils.answers import parse_answer
+from matplotlib.figure import Figure
+
+from dataset.annotate.backends import Request
+from dataset.annotate.gates import GateResult, refused
+from dataset.cot import numbered_lines
 
 
 @dataclass(frozen=True)
@@ -42,81 +43,11 @@ TYPES = (
 )
 NAMES = tuple(t.name for t in TYPES)
 
-_CLASS = "|".join(sorted(map(re.escape, CLASSES), key=len, reverse=True))
-_NAMED = re.compile(rf"({'|'.join(COLOURS)}) ({_CLASS})(?![\w-])")
-_HEARD = re.compile(rf"(?<![\w-])({_CLASS}|loud|quiet)(?![\w-])")
 
-
-def rule_label(row: Row, text: str) -> str:
-    """The type of a mini-world failure.
-
-    Args:
-        row: with its truth.
-        text: the wrong path.
-
-    Returns:
-        The first that holds: classes seen are wrong (visual_misidentification), only colours are (entity_attribute),
-        they stand in other places (spatial_referential), sounds or loudness are wrong (audio_perception), only their
-        order is (temporal_reasoning); all steps right but the thing picked (spatial_referential or temporal_reasoning
-        by the kind of question, else logical_contradiction); a step that is missing, or an answer that names another
-        class than the thing picked (logical_contradiction).
-    """
-    truth = row.truth or {}
-    sentences = [s for s in re.split(r"(?<=[.!?])\s+", text.strip()) if s]
-    restated = [s for s in sentences if clause(row.reference) in s]
-    others = [s for s in sentences if s not in restated]
-    seen = next((_NAMED.findall(s) for s in others if len(_NAMED.findall(s)) == 3), None)
-    heard = next((_HEARD.findall(s) for s in others if re.search(r"\baudio\b", s)), None)
-    found = _perception(seen, heard, truth)
-    if found:
-        return found
-    if seen is None or heard is None or not restated:
-        return "logical_contradiction"
-    return _decision(row, restated[0], text)
-
-
-def _perception(seen: list[tuple[str, str]] | None, heard: list[str] | None, truth: dict) -> str | None:
-    """The first wrong step of what is seen and heard, None if both are right (or absent)."""
-    things = [tuple(thing) for thing in truth["things"]]
-    if seen is not None and seen != things:
-        if sorted(seen) == sorted(things):
-            return "spatial_referential"
-        same = [name for _, name in seen] == [name for _, name in things]
-        return "entity_attribute" if same else "visual_misidentification"
-    expected = [w for name, level in truth["sounds"] for w in ((name,) if level == "alone" else (name, level))]
-    if heard is not None and heard != expected:
-        return "temporal_reasoning" if _pairs(heard) == _pairs(expected) else "audio_perception"
-    return None
-
-
-def _pairs(words: Sequence[str]) -> list[tuple[str, ...]]:
-    """(class, loudness) regardless of order."""
-    return sorted(tuple(words[i : i + 2]) for i in range(0, len(words), 2))
-
-
-def _decision(row: Row, sentence: str, text: str) -> str:
-    """All that is perceived is right: was the wrong thing picked, or another one answered?"""
-    things, target = row.truth["things"], row.truth["target"]
-    picked = sentence.rsplit("it is ", 1)[-1]
-    right = target is not None and " ".join(things[target]) in picked and place(target) in picked
-    named = _NAMED.search(picked)
-    if right or (named and named[2] != parse_answer(text)) or row.kind == NULL_KIND:
-        return "logical_contradiction"
-    if row.kind == "temporal":
-        return "temporal_reasoning"
-    return "spatial_referential" if row.kind in ("spatial", "audio_spatial") else "logical_contradiction"
-
-
-def classifier_judge() -> Judge:
-    """Judge of replies to templates/classify.txt: the name of one type."""
-
-    def judge(_: Request, reply: Reply) -> Verdict:
-        named = [name for name in NAMES if re.search(rf"\b{name}\b", reply.text)]
-        if len(named) != 1:
-            return Verdict("refused", problems=("not_one_type",))
-        return Verdict("accepted", {"type": named[0]})
-
-    return judge
+def type_gate(_: Request, reply: str) -> GateResult:
+    """Gate of replies to templates/classify.txt: the name of one type."""
+    named = [name for name in NAMES if re.search(rf"\b{name}\b", reply)]
+    return GateResult("accepted", {"type": named[0]}) if len(named) == 1 else refused("not_one_type")
 
 
 def count_table(labels: Iterable[tuple[str, str, str]]) -> list[dict[str, object]]:
@@ -141,3 +72,31 @@ def count_table(labels: Iterable[tuple[str, str, str]]) -> list[dict[str, object
             **{f"class:{name}": by_class[name] for name in classes},
         })  # fmt: skip
     return table
+
+
+def write_table(path: Path, known: Mapping[int, tuple[str, str]]) -> str:
+    """Count labelled rows into <path>.csv and draw them as <path>.png; returns a line that says so.
+
+    Args:
+        path: JSONL with a row and its type on each line.
+        known: row -> (question kind, true class).
+    """
+    labelled = [json.loads(text) for _, text in numbered_lines(path)]
+    table = count_table((line["type"], *known[line["row"]]) for line in labelled)
+    with open(f"{path}.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for offset, share, count, label in (
+        (-0.2, "percent", "count", f"this run ({len(labelled)})"),
+        (0.2, "paper_percent", "paper_count", f"paper, Figure 4 ({sum(t.paper for t in TYPES)})"),
+    ):
+        bars = axes.bar([i + offset for i in range(len(table))], [line[share] for line in table], 0.4, label=label)
+        axes.bar_label(bars, [str(line[count]) for line in table], fontsize=8)
+    axes.set_xticks(range(len(table)), [t.title.replace(" ", "\n") for t in TYPES], fontsize=7)
+    axes.set_ylabel("% of failures")
+    axes.legend()
+    figure.savefig(f"{path}.png", dpi=120)
+    return f"{len(labelled)} labelled: {path}.csv, {path}.png"
