@@ -99,14 +99,15 @@ class Journal:
         return {row: r for row, r in found.items() if not again or r["status"] not in ("refused", "blocked")}
 
     def charge(self, usd: float, reply: Reply | None = None) -> None:
-        """Add to the running total; on disk when it returns."""
-        if reply is not None:
+        """Add to the running total, on disk when it returns; a reply without tokens (the mini world) counts nothing."""
+        if reply is not None and reply.tokens_in:
             self.spent["replies"] += 1
             self.spent["tokens_in"] += reply.tokens_in
             self.spent["tokens_out"] += reply.tokens_out
+        elif not usd:
+            return
         self.spent["usd"] += usd
-        if self.spent["usd"] or self.spent["tokens_in"]:  # nothing to lose in the mini world
-            write_json(self.folder / "spent.json", self.spent)
+        write_json(self.folder / "spent.json", self.spent)
 
     def publish(self, rows: Sequence[int], unanswered: dict[int, str]) -> dict[str, Any]:
         """Write the results and the report anew; returns the report."""
@@ -150,6 +151,7 @@ class Engine:
         self._flying: dict[Future[Reply], Request] = {}
         self._problems: dict[int, list[str]] = {}
         self._next_start = 0.0
+        self._done = self._total = 0
 
     def run(self, requests: Sequence[Request], done: int = 0) -> None:
         """Settle every request or leave it open with a reason; each prints a line, numbered from `done` + 1."""
@@ -298,8 +300,8 @@ def annotate(
         engine.run(waiting, done=len(requests) - len(waiting))
         report = journal.publish([request.row.row for request in requests], engine.unanswered)
     counts = ", ".join(f"{report[status]} {status}" for status in (*STATUSES, "open"))
-    print(f"{report['rows']} rows: {counts}; {report['replies']} replies, {report['tokens_in']} tokens in, "
-          f"{report['tokens_out']} out, {report['usd']:.4f} USD: {options.out}")  # fmt: skip
+    cost = "; {replies} replies, {tokens_in} tokens in, {tokens_out} out, {usd:.4f} USD" if report["replies"] else ""
+    print(f"{report['rows']} rows: {counts}{cost.format(**report)}: {options.out}")
     if engine.stopped:
         print(f"ended early: {engine.stopped}")
         return 4
