@@ -12,7 +12,7 @@ import pytest
 
 from dataset.annotate.backends import Blocked, Reply, Request, Unanswered, redacted
 from dataset.annotate.correction import correction_gate, edit_ratio, is_right, parse_correction, split_parts, unmark
-from dataset.annotate.engine import Engine, Journal, Limits
+from dataset.annotate.engine import Engine, Limits, RunFiles
 from dataset.annotate.failures import mine, read_failures, write_failures
 from dataset.annotate.gates import problems_of_reasoning, reasoning_gate, tidy
 from dataset.annotate.mini import mark_changes
@@ -192,29 +192,29 @@ class Scripted:
 
 def run(folder: Path, backend: Scripted, **limits: object) -> Engine:
     """An engine after one run over the rows of the backend."""
-    journal = Journal(folder / "out.jsonl", {})
-    engine = Engine(backend, reasoning_gate("flexible"), Limits(**limits), journal)
-    settled = journal.settled()
+    files = RunFiles(folder / "out.jsonl", {})
+    engine = Engine(backend, reasoning_gate("flexible"), Limits(**limits), files)
+    settled = files.settled()
     engine.run([request(n) for n in range(len(backend.plans)) if n not in settled], len(settled))
     return engine
 
 
 def test_half_answers_and_refusals_are_tried_again_and_the_rest_stays_open(tmp_path: Path, capsys) -> None:
-    half, down = Unanswered("cut", again=True), Unanswered("status 503")
+    half, down = Unanswered("cut", ask_again=True), Unanswered("status 503")
     backend = Scripted([GOOD], ["", half, GOOD], [half, half, half], [down], ["bad"] * 3, [Blocked("safety")])
     engine = run(tmp_path, backend, concurrency=2)
     assert engine.unanswered == {2: "cut", 3: "status 503"} and not any(backend.plans)
-    settled = engine.journal.settled()
+    settled = engine.files.settled()
     assert {n: (r["status"], r["attempts"]) for n, r in settled.items()} == {
         0: ("accepted", 1), 1: ("accepted", 3), 4: ("refused", 3), 5: ("blocked", 1)
     }  # fmt: skip
     assert settled[1]["problems"][0] == "empty" and settled[4]["reply"] == "bad"
-    assert set(engine.journal.settled(again=True)) == {0, 1}
+    assert set(engine.files.settled(again=True)) == {0, 1}
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6 and lines[-1].startswith("6/6 ") and "row 3 c_man_3: open, status 503" in "".join(lines)
     engine = run(tmp_path, Scripted([], [], [GOOD], [GOOD], [], []))
-    assert engine.unanswered == {} and len(engine.journal.settled()) == 6
-    assert engine.journal.spent == {"replies": 8, "tokens_in": 800, "tokens_out": 80, "usd": 0.0}
+    assert engine.unanswered == {} and len(engine.files.settled()) == 6
+    assert engine.files.spent == {"replies": 8, "tokens_in": 800, "tokens_out": 80, "usd": 0.0}
 
 
 def test_starts_keep_their_distance(tmp_path: Path) -> None:

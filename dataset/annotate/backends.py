@@ -66,13 +66,13 @@ class Unanswered(AuroraError):
 
     Args:
         message: what happened, without secrets.
-        again: whether to ask once more in this run (half an answer); False after the SDK's own repetitions.
+        ask_again: whether to ask once more in this run (half an answer); False after the SDK's own repetitions.
         billed: whether the service may have charged for it.
     """
 
-    def __init__(self, message: str, again: bool = False, billed: bool = False) -> None:
+    def __init__(self, message: str, ask_again: bool = False, billed: bool = False) -> None:
         super().__init__(message)
-        self.again, self.billed = again, billed
+        self.ask_again, self.billed = ask_again, billed
 
 
 class Blocked(AuroraError):
@@ -146,7 +146,7 @@ class OpenAIBackend:
                 raise Blocked(text) from error
             raise Rejected(f"{text}. Remedy: check --model, --base-url and {OPENAI_KEY}.") from error
         except (sdk.APIError, *NO_REPLY) as error:
-            raise Unanswered(f"unreadable answer: {redacted(error, self._key)}", again=True, billed=True) from error
+            raise Unanswered(f"unreadable answer: {redacted(error, self._key)}", ask_again=True, billed=True) from error
         if reason == "content_filter":
             raise Blocked("content filter")
         return Reply(text or "", *_counts(usage, "prompt_tokens", "completion_tokens"))
@@ -191,14 +191,14 @@ class GeminiBackend:
         except self._repeated as error:
             raise Unanswered(f"no answer: {redacted(error, self._key)}", billed=True) from error
         except self._cut as error:  # the SDK does not repeat after a connection that broke in the middle
-            raise Unanswered(f"half an answer: {redacted(error, self._key)}", again=True, billed=True) from error
+            raise Unanswered(f"half an answer: {redacted(error, self._key)}", ask_again=True, billed=True) from error
         except self._errors.APIError as error:
             text = f"status {error.code}: {redacted(error, self._key)}"
             if error.code in (408, 429) or error.code >= 500:
                 raise Unanswered(text) from error
             raise Rejected(f"{text}. Remedy: check --model and {' or '.join(GEMINI_KEYS)}.") from error
         except NO_REPLY as error:
-            raise Unanswered(f"unreadable answer: {redacted(error, self._key)}", again=True, billed=True) from error
+            raise Unanswered(f"unreadable answer: {redacted(error, self._key)}", ask_again=True, billed=True) from error
         reason = getattr(reason, "name", reason)  # an enum's member, or the text of one that the SDK does not know
         if blocked or reason in GEMINI_BLOCKED:
             raise Blocked(f"blocked: {reason}")

@@ -2,7 +2,7 @@
 
     <out>, <out>.refused.jsonl   accepted rows; the others: "right", refused on every try, blocked by the service
     <out>.report.json            counts, refusals by gate, tokens, price
-    <out>.parts/rank0.jsonl      the journal of outcomes, from which all of these are written; a rerun reads it first
+    <out>.parts/rank0.jsonl      outcomes as they came, from which all of these are written; a rerun reads it first
     <out>.parts/spent.json       running total of replies, tokens and US dollars, over all runs
     <out>.parts/settings.json    what replies depend on, so that two runs are not mixed
 
@@ -56,7 +56,7 @@ class Limits:
     price_in: float = 0.0  # per million input tokens
     price_out: float = 0.0  # per million output tokens
     expected_out: int = 600  # output tokens of a request in flight, or of one that was lost
-    max_cost: float | None = None  # of all runs on one journal; None = no limit
+    max_cost: float | None = None  # of all runs on the same files; None = no limit
 
     def price(self, tokens_in: float, tokens_out: float) -> float:
         """US dollars."""
@@ -67,7 +67,7 @@ class Limits:
         return self.price(tokens_in(request), self.expected_out) if self.price_in or self.price_out else 0.0
 
 
-class Journal:
+class RunFiles:
     """The files of one command, run after run.
 
     Args:
@@ -75,7 +75,7 @@ class Journal:
         settings: what replies depend on (backend, model, prompt).
 
     Raises:
-        DataError: `out` was made by something else, or its journal with other settings.
+        DataError: `out` was made by something else, or its parts with other settings.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any]) -> None:
@@ -136,19 +136,19 @@ class Journal:
 
 
 class Engine:
-    """One run over the open rows of a journal.
+    """One run over open rows.
 
     Only `backend.answer` runs in threads: gates, files and counts belong to the thread that calls `run`.
     """
 
-    def __init__(self, backend: backends.Backend, gate: Gate, limits: Limits, journal: Journal) -> None:
-        self.backend, self.gate, self.limits, self.journal = backend, gate, limits, journal
+    def __init__(self, backend: backends.Backend, gate: Gate, limits: Limits, files: RunFiles) -> None:
+        self.backend, self.gate, self.limits, self.files = backend, gate, limits, files
         self.unanswered: dict[int, str] = {}
         """Rows that this run leaves open, and why."""
         self.stopped: str | None = None
         """Why the run ended early: the cost limit, or a service that refuses the run."""
         self._waiting: deque[Request] = deque()
-        self._flying: dict[Future[Reply], Request] = {}
+        self._in_flight: dict[Future[Reply], Request] = {}
         self._problems: dict[int, list[str]] = {}
         self._next_start = 0.0
         self._done = self._total = 0
@@ -157,24 +157,24 @@ class Engine:
         """Settle every request or leave it open with a reason; each prints a line, numbered from `done` + 1."""
         self._waiting.extend(requests)
         self._done, self._total = done, done + len(requests)
-        with PartWriter(self.journal.folder, 0) as writer, ThreadPoolExecutor(self.limits.concurrency) as pool:
-            while self._flying or (self._waiting and not self.stopped):
+        with PartWriter(self.files.folder, 0) as writer, ThreadPoolExecutor(self.limits.concurrency) as pool:
+            while self._in_flight or (self._waiting and not self.stopped):
                 pause = self._start(pool)
-                if not self._flying:
+                if not self._in_flight:
                     time.sleep(pause)
-                for future in wait(self._flying, pause or None, FIRST_COMPLETED).done:
-                    self._settle(self._flying.pop(future), future, writer)
+                for future in wait(self._in_flight, pause or None, FIRST_COMPLETED).done:
+                    self._settle(self._in_flight.pop(future), future, writer)
 
     def _start(self, pool: ThreadPoolExecutor) -> float:
         """Start what concurrency, rate and cost limit allow; returns the seconds until the rate allows the next one."""
-        while self._waiting and not self.stopped and len(self._flying) < self.limits.concurrency:
+        while self._waiting and not self.stopped and len(self._in_flight) < self.limits.concurrency:
             pause = self._next_start - time.monotonic()
             if pause > 0:
                 return pause
             if self.limits.max_cost is not None:
                 # what is in flight has no price yet, and counts as expected
-                price = sum(map(self.limits.expected, (self._waiting[0], *self._flying.values())))
-                spent = self.journal.spent["usd"]
+                price = sum(map(self.limits.expected, (self._waiting[0], *self._in_flight.values())))
+                spent = self.files.spent["usd"]
                 if spent + price > self.limits.max_cost:
                     self.stopped = (
                         f"cost limit of {self.limits.max_cost:.2f} USD: {spent:.4f} are spent, the next request and "
@@ -184,7 +184,7 @@ class Engine:
             if self.limits.per_minute:
                 self._next_start = time.monotonic() + 60 / self.limits.per_minute
             request = self._waiting.popleft()
-            self._flying[pool.submit(self.backend.answer, request)] = request
+            self._in_flight[pool.submit(self.backend.answer, request)] = request
         return 0.0
 
     def _settle(self, request: Request, future: Future[Reply], writer: PartWriter) -> None:
@@ -196,18 +196,18 @@ class Engine:
             reply = future.result()
         except Unanswered as error:
             if error.billed:
-                self.journal.charge(self.limits.expected(request))
-            if error.again and not last:
+                self.files.charge(self.limits.expected(request))
+            if error.ask_again and not last:
                 return self._waiting.appendleft(again)
             self.unanswered[row.row] = str(error)
-            return self._say(request, f"open, {error}")
+            return self._print(request, f"open, {error}")
         except Rejected as error:
             self.stopped = self.stopped or str(error)
-            return self._say(request, f"open, {error}")
+            return self._print(request, f"open, {error}")
         except Blocked as error:
             status, record = "blocked", {"reason": str(error)}
         else:
-            self.journal.charge(self.limits.price(reply.tokens_in, reply.tokens_out), reply)
+            self.files.charge(self.limits.price(reply.tokens_in, reply.tokens_out), reply)
             result = self.gate(request, reply.text)
             status, record = result.status, result.record
             problems.extend(result.problems)
@@ -217,12 +217,12 @@ class Engine:
                 record = {"reply": reply.text}  # so that the gates can be examined
         outcome = {"row": row.row, "uid": row.uid, "status": status, "attempts": again.attempt, "problems": problems}
         writer.append([{**outcome, **record}])
-        self._say(request, f"{status} after {again.attempt} replies ({', '.join(problems)})" if problems else status)
+        self._print(request, f"{status} after {again.attempt} replies ({', '.join(problems)})" if problems else status)
 
-    def _say(self, request: Request, text: str) -> None:
+    def _print(self, request: Request, text: str) -> None:
         """Print one line about a row that is done with, for now or for good."""
         self._done += 1
-        cost = f"   {self.journal.spent['usd']:.4f} USD so far" if self.journal.spent["usd"] else ""
+        cost = f"   {self.files.spent['usd']:.4f} USD so far" if self.files.spent["usd"] else ""
         print(f"{self._done}/{self._total} row {request.row.row} {request.row.uid}: {text}{cost}", flush=True)
 
 
@@ -236,7 +236,7 @@ def tokens_in(request: Request) -> int:
 def add_options(parser: argparse.ArgumentParser, default: str, expected_out: int) -> None:
     """Options of backend, limits and cost."""
     add = parser.add_argument
-    add("--out", type=Path, required=True, help="JSONL to write; refused rows, report and journal lie beside it")
+    add("--out", type=Path, required=True, help="JSONL to write; refused rows, report and parts lie beside it")
     add("--backend", choices=("mini", "openai", "gemini"), default=default, help="default: %(default)s")
     add("--model", help="name at the service")
     add("--base-url", help="of an OpenAI-compatible server (http://localhost:8000/v1) or another Gemini endpoint")
@@ -293,12 +293,12 @@ def annotate(
     settings |= {"backend": options.backend, "model": options.model, "task": task, **mini,
                  "prompt_sha256": hashlib.sha256(template.encode()).hexdigest()[:16]}  # fmt: skip
     with locked(options.out.with_name(f"{options.out.name}.parts") / ".lock0", patience=5):
-        journal = Journal(options.out, settings)
-        settled = journal.settled(options.again)
+        files = RunFiles(options.out, settings)
+        settled = files.settled(options.again)
         waiting = [request for request in requests if request.row.row not in settled]
-        engine = Engine(backend, gate, _limits(options), journal)
+        engine = Engine(backend, gate, _limits(options), files)
         engine.run(waiting, done=len(requests) - len(waiting))
-        report = journal.publish([request.row.row for request in requests], engine.unanswered)
+        report = files.publish([request.row.row for request in requests], engine.unanswered)
     counts = ", ".join(f"{report[status]} {status}" for status in (*STATUSES, "open"))
     cost = "; {replies} replies, {tokens_in} tokens in, {tokens_out} out, {usd:.4f} USD" if report["replies"] else ""
     print(f"{report['rows']} rows: {counts}{cost.format(**report)}: {options.out}")
