@@ -73,6 +73,7 @@ def main() -> None:
     if distributed.is_main():
         print(json.dumps({case: {k: max(r[case][k] for r in gathered) for k in mine[case]} for case in mine}))
     distributed.stop()
+    distributed.leave(0)  # as a command ends: gloo's threads may abort the interpreter's own end
 
 
 if __name__ == "__main__":

@@ -183,7 +183,7 @@ def test_table_2_trains_with_and_without_reasoning_on_the_same_rows(
         {"row": i, "uid": rows[i][1], "reasoning": "So the target is it.", "target": "it"} for i in (0, 2)
     ])  # fmt: skip
     data = {"root": str(world), "cot": (str(cot),), "answer": answer, "num_workers": 0}
-    alone = {"loss": {"distill": 0.0}, "sft": {"freeze_mask_decoder": False}}
+    alone = {"loss": {"distill": 0.0}, "sft": {"freeze_mask_decoder": False, "student_start": "init_from"}}
     config = run_config("sft", data={**data, "incomplete_reasoning": "drop"}, **alone)
     assert [row.row for row in training_clips(config, SimpleNamespace(), prompts).rows] == [0, 2]
     whole = run_config("sft", data=data, **alone)
