@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from configs.schema import RunConfig
 from utils.config import check_paths, help_text, load_config, save_config
@@ -22,13 +22,11 @@ INTACT = "the last checkpoint is intact, and the same command continues from it"
 
 if TYPE_CHECKING:  # imported late: --help and every configuration error come before anything heavy
     from model.stages.base import Stage
-    from model.stages.replay import Micro
     from utils.checkpoint import Progress
     from utils.ds import deepspeed
     from utils.log import RunLog
     from utils.preempt import Preemption
     from utils.types import Batch
-    from utils.watch import Watch
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -100,7 +98,7 @@ def run(config: RunConfig, fresh: bool = False) -> None:
     seed_everything(config.seed, distributed.rank())
     progress = checkpoint.load_checkpoint(engine, earlier) if earlier else checkpoint.Progress()
     loader = training_batches(config, clips, distributed.rank(), distributed.world_size(), progress.samples)
-    log = RunLog(output, config.log, config.optim.steps, progress.step)
+    log = RunLog(output, config, progress.step)
     if distributed.is_main():
         save_config(config, output)
         checkpoint.write_text(output / "parameters.txt", format_counts(counts) + "\n")
@@ -133,89 +131,50 @@ def train(
     log: RunLog,
     preemption: Preemption,
 ) -> Iterator[None]:
-    """The loop of every stage. Counts `progress` up to `optim.steps`; yields where a checkpoint is due.
+    """The loop of every stage: counts `progress` up to `optim.steps` and yields where a checkpoint is due.
+
+    An optimiser step reads `engine.accumulation` micro-batches. A stage first prepares each of them without gradient (a
+    teacher's features, sampled answers and their rewards), then trains on it `stage.updates` times.
 
     Ends early, after a last yield, when a process was asked to stop.
     """
-    from model.stages.replay import dumped
     from utils.distributed import is_main, world_size
     from utils.engine import gradient_norm
-    from utils.guards import check_finite, check_norm
-    from utils.log import Means, Recent, due
-    from utils.watch import Watch
+    from utils.guards import check_finite
+    from utils.log import due
 
-    batches, means, recent, watch = iter(loader), Means(), Recent(), Watch(config.watch, config.grpo.max_new_tokens)
-    accumulation, steps = config.engine.accumulation, config.optim.steps
-    updates = config.grpo.updates_per_batch if config.stage == "grpo" else 1
+    batches, accumulation, steps = iter(loader), config.engine.accumulation, config.optim.steps
     engine.train()
     if preemption.begin():
         return
     while progress.step < steps:
         start = progress.step
         # A batch is prepared when its turn comes; only several updates on the same samples need all of them kept.
-        rollouts = prepared_batches(stage, islice(batches, accumulation), config, watch, start + 1)
-        rollouts = list(rollouts) if updates > 1 else rollouts
-        for _ in range(updates):
+        prepared = (stage.prepare(batch) for batch in islice(batches, accumulation))
+        if stage.updates > 1:
+            prepared = list(prepared)
+        for update in range(stage.updates):
             rate = engine.get_lr()[0]
-            micros: list[Micro] = []
-            for batch, prepared, micro in rollouts:
-                micros.append(micro)
-                with dumped(stage, [micro], config, progress.step + 1):
-                    loss = stage.loss(prepared)
-                    check_finite(loss, progress.step + 1, batch)
+            for item in prepared:
+                loss = stage.loss(item)
+                check_finite(loss, progress.step + 1, item.batch)
+                # DeepSpeed averages over the micro-batches and steps at the last of them.
                 engine.backward(loss.total)
                 engine.step()
-                means.add(loss.parts)
+                log.add(loss.parts, item.batch, item.answers if update == 0 else None)
             progress.step += 1
-            norm = gradient_norm(engine)
-            with dumped(stage, micros, config, progress.step):
-                check_norm(norm, progress.step, [name for one in micros for name in one.names])
-            log.advance()
-            if progress.step % config.log.every == 0:
-                row = recent.add({**means.reduce(), "lr": rate, "grad_norm": norm})
-                log.metrics(progress.step, row)
-                watch.metrics(progress.step, row)
+            log.step(progress.step, rate, gradient_norm(engine))
         progress.samples += accumulation * config.engine.micro_batch * world_size()
         if is_main() and due(config.log.samples_every, start, progress.step):
-            records = stage.samples()  # of a stage that draws answers: watched when they were drawn
-            if not records:
-                records = answers(stage, batch, config.eval.max_new_tokens)
-                watch.answers(progress.step, [r["answer"] for r in records], [r["has_seg"] for r in records])
-            log.samples(progress.step, records)
+            log.samples(progress.step, stage.records(item))
+        # Every process asks, so that all of them stop after the same step.
         stopping = preemption.agreed()
         if stopping or due(config.log.save_every, start, progress.step) or progress.step >= steps:
-            progress.metrics = recent.take()
+            progress.metrics = log.means_since_save()
             yield
             stopping = stopping or preemption.agreed()  # asked meanwhile: the same state is not written twice
         if stopping:
             return
-
-
-def prepared_batches(
-    stage: Stage, batches: Iterable[Batch], config: RunConfig, watch: Watch, step: int
-) -> Iterator[tuple[Batch, Any, Micro]]:
-    """(batch, what the stage made of it, what it takes to do that again); drawn answers are watched."""
-    from model.stages.replay import dumped, micro
-
-    for batch in batches:
-        again = micro(batch)
-        with dumped(stage, [again], config, step):
-            prepared = stage.prepare(batch)
-        drawn = getattr(prepared, "answers", None)
-        if drawn is not None:
-            watch.answers(step, drawn.texts, drawn.has_seg.tolist())
-        yield batch, prepared, again
-
-
-def answers(stage: Stage, batch: Batch, max_new_tokens: int) -> list[dict[str, Any]]:
-    """What the model says of the clips at hand, greedily, as records for samples.jsonl."""
-    from model.aurora.inference import predict
-
-    found = predict(stage.model, batch, stage.tokenizer, max_new_tokens)
-    return [
-        {"row": s.row, "uid": s.uid, "reference": s.reference, "answer": p.text, "has_seg": p.has_seg}
-        for s, p in zip(batch.samples, found, strict=True)
-    ]
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "placeholder text": (NOTE, "leave them out of training if they harm: they refer to nothing"),
     "joined words": (NOTE, "none needed: '_' stands for a space"),
     "unusual characters": (NOTE, "read the expression; annotation tools leave messages"),
-    "null leak": (NOTE, "report scripts/text_baseline.py beside test_n: the words alone give null rows away"),
+    "null leak": (NOTE, "report scripts/dev/text_baseline.py beside test_n: the words alone give null rows away"),
 }
 """Kind of finding -> severity and advice."""
 _PLACEHOLDERS = ("no.", "no", "none", "n/a", "nan", "null", "todo")

@@ -29,7 +29,7 @@ import torch  # noqa: E402 - the project's root must be on the path first
 
 from configs.schema import RunConfig  # noqa: E402
 from model.aurora.trained import save_trained  # noqa: E402
-from model.stages.bench import infer, random_batch, random_model, train  # noqa: E402
+from scripts.dev.random_run import infer, random_batch, random_model, train  # noqa: E402
 from scripts.plan_memory import GB, Machine, Workload, make_plan  # noqa: E402
 from utils import distributed  # noqa: E402
 from utils.config import load_config  # noqa: E402

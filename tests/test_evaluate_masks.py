@@ -14,7 +14,7 @@ import torch
 from dataset.predictions import PredictionFolder, read_prediction
 from dataset.refavs import RefAvsIndex
 from dataset.truth import read_truth
-from scripts import compare_protocols, evaluate_masks
+from scripts import evaluate_masks
 from tests.avsbench_cases import write_v1
 from tests.data_builders import write_world
 from tests.evaluation_cases import make_sample
@@ -197,22 +197,3 @@ def test_avsbench_folder(tmp_path: Path, capsys) -> None:
     assert "CRAB" in printed and "77.30" in printed and "Table 6" in printed
     line = next(line for line in printed.splitlines() if line.startswith("--pred"))
     assert float(line.split()[2]) == 100.0
-
-
-def test_choices_are_compared_on_one_set_of_predictions(world: Path, tmp_path: Path, capsys) -> None:
-    run(world, tmp_path, "test_s", hard=False)
-    pred = tmp_path / "test_s/probabilities"
-    scored = score(pred, world, tmp_path)
-    found = {label: scores for label, *scores in compare_protocols.measure(pred, world, "test_s")}
-    for name in PROTOCOLS:
-        assert found[name][:2] == [scored[name]["J"], scored[name]["F"]]
-    assert found["each row by itself"][0] == pytest.approx(found["official"][0], abs=5)
-    assert found["each frame by itself"][1] >= found["each row by itself"][1]
-    assert found["native size"][0] != found["official"][0]
-    capsys.readouterr()
-    for split, header in (("test_s", "J"), ("test_n", "S")):
-        run(world, tmp_path, split, hard=False)
-        arguments = ["--pred", str(tmp_path / split / "probabilities"), "--data", str(world), "--split", split]
-        assert compare_protocols.main(arguments) == 0
-        assert header in capsys.readouterr().out.splitlines()[0].split()
-    assert compare_protocols.main(["--pred", str(tmp_path / "none"), "--data", str(world)]) == 1

@@ -13,7 +13,6 @@ from configs.schema import TrainableConfig
 from model.aurora.model import AuroraModel
 from model.objectives import policy
 from model.stages.grpo import GrpoStage, Rollouts
-from model.stages.plain_grpo import PlainEngine, PlainGrpoStage
 from model.videollama2.backbone import VideoLlama2
 from tests.aurora_cases import (
     LORA,
@@ -27,6 +26,7 @@ from tests.aurora_cases import (
     tiny_segmenter,
 )
 from tests.grpo_cases import RAGGED, draw_ragged, grpo_config, make_stage, two_clips, with_advantages
+from tests.oracles.plain_grpo import PlainEngine, PlainGrpoStage
 from tests.test_backbone_parity import split
 from utils.types import Generation, MediaFeatures
 

@@ -1,4 +1,4 @@
-"""scripts/bench_grpo.py at the smallest size: both ways give the same, and every part is written down."""
+"""scripts/dev/bench_grpo.py at the smallest size: both ways give the same, and every part is written down."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts import bench_grpo
+from scripts.dev import bench_grpo
 
 
 def test_both_ways_give_the_same(

@@ -76,12 +76,11 @@ def test_stop_token_is_scored(drawn: Generation) -> None:
 def test_samples_are_kept_with_rewards_and_masks(drawn: Generation) -> None:
     """Every answer of the last batch, for samples.jsonl; nothing is kept where nothing is asked for."""
     silent = make_stage(grpo_config())
-    silent.prepare(two_clips())
-    assert silent.samples() == []
+    assert silent.records(silent.prepare(two_clips())) == []
     config = grpo_config(mask_loss_on="best")
     stage = make_stage(config.model_copy(update={"log": config.log.model_copy(update={"samples_every": 1})}))
     prepared = stage.prepare(two_clips())
-    records = json.loads(json.dumps(stage.samples()))
+    records = json.loads(json.dumps(stage.records(prepared)))
     assert [(r["row"], r["sample"]) for r in records] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
     assert [r["tokens"] for r in records] == list(map(len, RAGGED))
     assert [r["mask_trained"] for r in records] == prepared.supervised.tolist()

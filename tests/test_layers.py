@@ -20,12 +20,14 @@ ROOMS = {
     "model.sam": {"configs", "utils", "model.sam", "model.sam_weights"},
     "model.sam_weights": {"utils", "model.sam_weights"},
     "model.objectives": {"utils", "model.objectives"},
-    "model.aurora": {"configs", "utils", "model.videollama2", "model.sam", "model.aurora"},
+    "model.aurora": {"configs", "utils", "model.videollama2", "model.sam", "model.objectives", "model.aurora"},
     "model.stages": {
         *("configs", "utils", "model.videollama2", "model.sam", "model.aurora"),
         *("model.objectives", "model.stages"),
     },
     "scripts": {"configs", "utils", "dataset", "model", "scripts", "train_ds", "train_ds_test"},
+    "scripts.dev": {"configs", "utils", "dataset", "model", "scripts", "tests.oracles"},
+    "tests.oracles": {"configs", "utils", "model"},
     "train_ds": {"configs", "utils", "dataset", "model"},
     "train_ds_test": {"configs", "utils", "dataset", "model"},
 }

@@ -12,9 +12,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from dataset.mini_language import place
 from dataset.mini_scene import Scene
-from scripts.mini_base.corpus import SYSTEM, Branch, place_drill, random_scene, tree
-from scripts.mini_base.reading import TextTasks, pretrain_places, whole_answers
-from scripts.mini_base.tokens import PackedTree, TreePacker
+from scripts.dev.mini_base.corpus import SYSTEM, Branch, place_drill, random_scene, tree
+from scripts.dev.mini_base.reading import TextTasks, pretrain_places, whole_answers
+from scripts.dev.mini_base.tokens import PackedTree, TreePacker
 from tests.data_builders import write_tokenizer
 from utils.types import IGNORE
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -16,7 +15,6 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from scripts import replay
 from tests.tiny_run import ROOT, command, environment, make_tiny_run, metrics, train
 
 STEPS = 14
@@ -184,21 +182,10 @@ def test_finished_changed_fresh(tiny: Path, tmp_path: Path) -> None:
     assert len(metrics(tmp_path / "run.previous-1")) == 3
 
 
-def test_non_finite_loss_names_the_samples_and_is_replayed(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_non_finite_loss_names_the_samples(tiny: Path, tmp_path: Path) -> None:
     done = train(tiny, "optim.lr=1e30", "optim.clip_norm=0", f"output_dir={tmp_path}/run")
     assert done.returncode == 1, done.stderr
     assert "error: optimiser step" in done.stderr and "(row " in done.stderr and "Remedy" in done.stderr
-    (dump,) = (tmp_path / "run" / "dumps").iterdir()
-    assert f"To run the step again: python scripts/replay.py {dump}" in done.stderr
-    monkeypatch.setattr(os, "environ", environment())
-    assert replay.main([str(dump)]) == 1
-    printed = capsys.readouterr().out
-    found = json.loads((dump / "dump.json").read_text())
-    named = {f"{sample['uid']} (row {sample['row']})" for batch in found["batches"] for sample in batch}
-    assert named and all(f"{name}: NOT FINITE" in printed for name in named)
-    assert "first non-finite" in printed and f"step {found['step']} of process 0" in printed
 
 
 def test_broken_data_in_a_worker_names_the_sample(tiny: Path, tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from dataset.refavs import RefAvsIndex
-from dataset.text_baseline import TextBaseline
-from scripts import text_baseline
+from scripts.dev import text_baseline
+from scripts.dev.text_baseline import TextBaseline
 from tests.data_builders import write_metadata
 
 TRAIN = [(f"t{i}_0_1", f"t{i}_0_1_{name}_1", "train", 0, f"The {word} thing on the left.")

@@ -68,9 +68,11 @@ def test_sigterm_during_a_save_ends_the_run_there(tmp_path: Path) -> None:
     """Another step and a second save would not fit into what is left of the notice."""
     config = run_config(log={"save_every": 2, "tensorboard": False}, optim={"steps": 9, "warmup_steps": 0})
     engine = mock.Mock(get_lr=lambda: [1.0], get_global_grad_norm=lambda: 1.0)
-    stage = mock.Mock(prepare=lambda _: None, loss=lambda _: StepLoss(torch.ones(()), {"loss": torch.ones(())}))
+    item = mock.Mock(batch=tiny_batch(tiny_sample(0)), answers=None)
+    losses = StepLoss(torch.ones(()), {"loss": torch.ones(())})
+    stage = mock.Mock(updates=1, prepare=lambda _: item, loss=lambda _: losses)
     progress, preemption = Progress(), Preemption(60.0)
-    log = RunLog(tmp_path, config.log, config.optim.steps)
+    log = RunLog(tmp_path, config)
     run = train_ds.train(engine, stage, repeat(tiny_batch(tiny_sample(0))), config, progress, log, preemption)
     next(run)
     assert progress.step == 2

@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.schema import LogConfig
+from configs.schema import RunConfig
 from utils import distributed
 from utils.checkpoint import write_text
 from utils.errors import tell
+from utils.guards import check_norm
 from utils.progress import Progress
+from utils.types import Batch, Generation
+from utils.watch import Watch
 
 
 def setup_logging() -> logging.Logger:
@@ -92,13 +95,18 @@ class RunLog:
 
     Args:
         folder: the run's folder.
-        config: the section `log`.
-        steps: length of the run, optimiser steps.
+        config: the run.
         done: steps done before (a resumed run): later rows of an interrupted attempt are removed.
     """
 
-    def __init__(self, folder: str | Path, config: LogConfig, steps: int, done: int = 0) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, config: RunConfig, done: int = 0) -> None:
+        self.folder, self.every = Path(folder), config.log.every
+        self._means, self._recent = Means(), Recent()
+        self._watch = Watch(config.watch, config.grpo.max_new_tokens)
+        self._samples: list[tuple[str, int]] = []
+        self._drawn: list[Generation] = []
+        self._draws = False
+        """Whether training draws answers, which are then watched as they come."""
         self._active = distributed.is_main()
         self._clock, self._counted = time.perf_counter(), 0
         if not self._active:
@@ -108,17 +116,41 @@ class RunLog:
             _keep_rows(self.folder / name, done)
         self._metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._board = None
-        if config.tensorboard:
+        if config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
             self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done + 1)
-        self._progress = Progress(self.folder.name, steps, "steps", done)
+        self._progress = Progress(self.folder.name, config.optim.steps, "steps", done)
 
-    def advance(self, steps: int = 1) -> None:
-        """Count optimiser steps that were done."""
-        self._counted += steps
+    def add(self, parts: dict[str, Tensor], batch: Batch, answers: Generation | None = None) -> None:
+        """Add a micro-batch: its losses to log, its samples for an error's message, answers drawn about it to watch."""
+        self._means.add(parts)
+        self._samples += [(sample.uid, sample.row) for sample in batch.samples]
+        if answers is not None:
+            self._drawn.append(answers)
+
+    def step(self, step: int, rate: float, norm: float) -> None:
+        """End optimiser step `step` (from 1); every `log.every` steps a row of means is written. All processes call it.
+
+        Raises:
+            NonFiniteError: the norm of the gradient is not finite; names the samples.
+        """
+        check_norm(norm, step, self._samples)
+        self._samples = []
+        self._counted += 1
         if self._active:
-            self._progress.update(steps)
+            self._progress.update(1)
+        for answers in self._drawn:
+            self._watch.answers(step, answers.texts, answers.has_seg.tolist())
+        self._draws, self._drawn = self._draws or bool(self._drawn), []
+        if step % self.every == 0:
+            row = self._recent.add({**self._means.reduce(), "lr": rate, "grad_norm": norm})
+            self.metrics(step, row)
+            self._watch.metrics(step, row)
+
+    def means_since_save(self) -> dict[str, float]:
+        """Means of the rows since the last call: the best checkpoint is chosen by one of them."""
+        return self._recent.take()
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Write one row; seconds per step since the row before are added.
@@ -140,6 +172,8 @@ class RunLog:
 
     def samples(self, step: int, records: list[dict[str, Any]]) -> None:
         """Append answers of the model to samples.jsonl."""
+        if not self._draws:
+            self._watch.answers(step, [r["answer"] for r in records], [r["has_seg"] for r in records])
         if self._active and records:
             with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as stream:
                 for record in records:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from configs.schema import LossConfig, RunConfig
+from model.aurora.inference import predict
 from model.aurora.model import AuroraModel
 from model.objectives.mask import MaskLosses, loss_shape, mask_losses, shrink_target
 from utils.types import AuroraOutput, Batch, MediaFeatures, PackedInputs, StepLoss
@@ -44,6 +45,9 @@ class Stage(ABC):
         tokenizer: for stages that write or read text.
     """
 
+    updates = 1
+    """Optimiser steps on each prepared batch."""
+
     def __init__(self, config: RunConfig, engine: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         self.config = config
         self.engine = engine
@@ -56,15 +60,20 @@ class Stage(ABC):
 
     @abstractmethod
     def prepare(self, batch: Batch) -> Any:
-        """What one batch needs before its loss; runs without gradient."""
+        """What one batch needs before its loss, made without gradient: the batch itself as `.batch`, and as `.answers`
+        the answers that were drawn about it (`Generation`), or None."""
 
     @abstractmethod
     def loss(self, prepared: Any) -> StepLoss:
         """The differentiable loss of a prepared batch and its parts to log."""
 
-    def samples(self) -> list[dict[str, Any]]:
-        """Answers that training itself drew last, for samples.jsonl; none = the loop asks for greedy ones."""
-        return []
+    def records(self, prepared: Any) -> list[dict[str, Any]]:
+        """Answers about a prepared batch as records for samples.jsonl; greedy ones, where training draws none."""
+        found = predict(self.model, prepared.batch, self.tokenizer, self.config.eval.max_new_tokens)
+        return [
+            {"row": s.row, "uid": s.uid, "reference": s.reference, "answer": p.text, "has_seg": p.has_seg}
+            for s, p in zip(prepared.batch.samples, found, strict=True)
+        ]
 
 
 @dataclass
@@ -81,6 +90,8 @@ class Prepared:
     """bool [B]"""
     media: MediaFeatures | None = None
     """Video and sound as they were encoded for the teacher; None = encoded in the loss."""
+    answers: None = None
+    """A supervised stage draws none."""
 
 
 class SupervisedStage(Stage):

@@ -77,6 +77,8 @@ class Rollouts:
     tokens_per_second: float | None = None
     """Tokens of the answers of all processes over the time since the answers before, training on those included; None
     for the first."""
+    judged: Samples | None = None
+    """For samples.jsonl, where `log.samples_every` asks for it."""
 
 
 class GrpoStage(Stage):
@@ -104,7 +106,7 @@ class GrpoStage(Stage):
         if distributed.is_main():
             _log.info("answers are drawn at %s", self.sampling)
         self.with_masks = g.mask_loss_on != "none"
-        self._latest: Samples | None = None
+        self.updates = g.updates_per_batch
         self._drawn_at: float | None = None
 
     def draw(self, batch: Batch) -> tuple[MediaFeatures, Generation]:
@@ -127,8 +129,9 @@ class GrpoStage(Stage):
         rewards = score(judged, self.rewards, g.reward_weights)
         advantages = group_advantages(rewards.total.to(model.device), g.group_size, g.advantage, g.advantage_eps)
         supervised = supervised_answers(g.mask_loss_on, batch, answers, rewards.total, g.group_size)
+        kept = None
         if self.config.log.samples_every:
-            self._latest = Samples(batch, judged, rewards, advantages.values.cpu(), supervised, low)
+            kept = Samples(batch, judged, rewards, advantages.values.cpu(), supervised, low)
         packed = model.pack_group(batch, answers.token_ids, g.group_size, g.temperature)
         frames = draw_frames(batch, self.config.model.decode_frames_per_step, model.device)
         device = model.device
@@ -144,11 +147,12 @@ class GrpoStage(Stage):
             frame_index=None if frames is None else frames.repeat_interleave(g.group_size, 0),
             reference=None if self.reference is None else self.reference.log_probs(batch, packed),
             tokens_per_second=rate,
+            judged=kept,
         )
 
-    def samples(self) -> list[dict[str, Any]]:
-        """The answers that were drawn last, with their rewards and masks (kept where `log.samples_every` asks)."""
-        return [] if self._latest is None else self._latest.records(self.model.segmenter.upscale)
+    def records(self, prepared: Rollouts) -> list[dict[str, Any]]:
+        """The drawn answers with their rewards and masks (kept where `log.samples_every` asks)."""
+        return [] if prepared.judged is None else prepared.judged.records(self.model.segmenter.upscale)
 
     def _rate(self, tokens: int) -> float | None:
         """See `Rollouts.tokens_per_second`; the last token was read from the device, so the clock is right on a GPU."""

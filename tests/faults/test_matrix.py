@@ -1,4 +1,4 @@
-"""`scripts/fault_matrix.py` with one kill of the teacher stage; all cases with AURORA_FAULT_KILLS=20."""
+"""`tests/faults/fault_matrix.py` with one kill of the teacher stage; all cases with AURORA_FAULT_KILLS=20."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from scripts.fault_matrix import Tally, added, compare, table
-from scripts.faults.lives import Kill, draw_kill, live
+from tests.faults.fault_matrix import Tally, added, compare, table
+from tests.faults.lives import Kill, draw_kill, live
 from tests.tiny_run import ROOT, environment
 
 EVERY = ("teacher", "sft", "evaluation", "mining", "correction", "reflective", "grpo")
@@ -25,7 +25,7 @@ def test_nothing_is_lost_or_doubled_wherever_processes_are_killed(tmp_path: Path
     figures = tmp_path / "figures.json"
     arguments = ["--kills", str(KILLS), "--only", ",".join(CASES), "--json", str(figures)]
     done = subprocess.run(
-        [sys.executable, "scripts/fault_matrix.py", *arguments],
+        [sys.executable, "tests/faults/fault_matrix.py", *arguments],
         cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=3600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,6 +1,6 @@
 """Time J + F + S against the published loop over 255 thresholds, on the same tensors in the same process.
 
-    python scripts/bench_metrics.py [--json FILE] [--threads 1] [--repeats 7] [--loop-repeats 3]
+    python scripts/dev/bench_metrics.py [--json FILE] [--threads 1] [--repeats 7] [--loop-repeats 3]
 
 Prints, per frame size, the medians in milliseconds, their ratio, and the largest difference of J, F and S (must be 0).
 Exit status 1 if a value differs.
@@ -20,7 +20,7 @@ import cv2
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils.metrics import Scores, score_batch  # noqa: E402 - the repository root must be on the path first
 

@@ -1,7 +1,7 @@
 """Kill every stage, evaluation, mining and correction at random moments and start them again: what is lost?
 
-    python scripts/fault_matrix.py --kills 20 --json runs/faults.json
-    python scripts/fault_matrix.py --kills 2 --only sft,evaluation --out /tmp/faults
+    python tests/faults/fault_matrix.py --kills 20 --json runs/faults.json
+    python tests/faults/fault_matrix.py --kills 2 --only sft,evaluation --out /tmp/faults
 
 Each command runs once undisturbed. Then it is started, killed by SIGKILL at a seeded moment (one process or all of
 them), started again, killed again, until it has come to its end; and so on until it was killed --kills times. What it
@@ -27,11 +27,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from scripts.faults.cases import Case, cases, prepare, write_failures  # noqa: E402 - the project's root must come first
-from scripts.faults.lives import Life, draw_kill, live  # noqa: E402
+from tests.faults.cases import Case, cases, prepare, write_failures  # noqa: E402 - the project's root must come first
+from tests.faults.lives import Life, draw_kill, live  # noqa: E402
 from utils.results import write_json  # noqa: E402
 
 

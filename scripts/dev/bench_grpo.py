@@ -1,12 +1,12 @@
 """Time the shared prompt of GRPO against G full copies, in one process, on a random Qwen2.
 
-    python scripts/bench_grpo.py [--prompts 1341 2341] [--groups 3 8] [--threads 1 2] [--repeats 5] [--json FILE]
-    python scripts/bench_grpo.py --prompts 1341 --groups 3 --threads 1 --repeats 3 --parts scoring     a short run
+    python scripts/dev/bench_grpo.py [--prompts 1341 2341] [--groups 3 8] [--threads 1 2] [--repeats 5] [--json FILE]
+    python scripts/dev/bench_grpo.py --prompts 1341 --groups 3 --threads 1 --repeats 3 --parts scoring     a short run
 
 scoring   forward and backward of the answers' log-probabilities; plain: one batch of G copies of prompt + answer
 sampling  C tokens for each of G answers; plain: transformers' generate(num_return_sequences=G) from the same embeddings
 step      a whole step with towers and SAM of the mini base: encoding, sampling, rewards with masks, scoring with mask
-          losses forward and backward, AdamW; plain: every part once per answer (model.stages.plain_grpo)
+          losses forward and backward, AdamW; plain: every part once per answer (tests.oracles.plain_grpo)
 memory    peak resident memory of scoring beyond that of the loaded model, each path in a process of its own
 
 Beside scoring stand the limit of token counts, G (P + C) / (P + G C), and the package prefix-grouper, if it is there.
@@ -39,13 +39,13 @@ try:
 except ImportError:
     prefix_grouper = None
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from model.aurora.generation import generate  # noqa: E402 - the repository root must be on the path first
 from model.aurora.sampling import Sampling  # noqa: E402
 from model.aurora.shared_prompt import ATTENTION, score_answers  # noqa: E402
 from model.objectives.policy import token_log_probs  # noqa: E402
-from model.stages.bench_grpo import StepCase  # noqa: E402
+from scripts.dev.grpo_step import StepCase  # noqa: E402
 from utils.types import MediaFeatures  # noqa: E402
 
 WANTED = {"scoring": None, "sampling": {3: 1.4, 8: 2.0}, "step": 1.8, "memory": 1.0}

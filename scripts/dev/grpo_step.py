@@ -1,4 +1,4 @@
-"""One whole step of stage 3, encoding included, on random weights: what `scripts/bench_grpo.py` times."""
+"""One whole step of stage 3, encoding included, on random weights: what `scripts/dev/bench_grpo.py` times."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from model.aurora.model import AuroraModel
-from model.stages.bench import BenchTokenizer, random_batch, random_model
 from model.stages.grpo import GrpoStage
-from model.stages.plain_grpo import PlainGrpoStage
+from scripts.dev.random_run import BenchTokenizer, random_batch, random_model
 from scripts.plan_memory import Workload
+from tests.oracles.plain_grpo import PlainGrpoStage
 from utils.config import load_config
 from utils.types import Batch, Generation, MediaFeatures, StepLoss
 

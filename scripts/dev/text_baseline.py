@@ -1,19 +1,36 @@
-"""What the reference alone gives away: a baseline that neither sees nor hears, trained on the training split.
+"""How much of a Ref-AVS score the references alone give away (null rows above all): a baseline that reads text only.
+
+    python scripts/dev/text_baseline.py --data data/refavs
 
 Ref-AVS writes all its null references as one of a few fixed phrases without a final full stop, so that a rule on text
 finds them; a score on test_n is worth only what it has beyond this baseline. Naive Bayes over the words of the
 reference and the whole phrase, with add-one smoothing; the final stop may count as a word, or be left out.
+
+Learns from the training rows of metadata.csv and judges the other splits, with the final full stop of the references
+and without it. No media are read.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from dataset.refavs import NULL_CLASS, Row
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from dataset.refavs import NULL_CLASS, RefAvsIndex, Row, Split  # noqa: E402 - the project's root must be on the path first
+from utils.errors import AuroraError, DataError  # noqa: E402
+from utils.results import write_json  # noqa: E402
+from utils.tables import Cell, format_table  # noqa: E402
+
+JUDGED = (Split.VAL, Split.TEST_S, Split.TEST_U, Split.TEST_N)
+
 
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 _STOP, _NO_STOP = "<stop>", "<no stop>"
@@ -93,3 +110,39 @@ class TextBaseline:
 
 def _percent(values: Sequence[float | bool]) -> float | None:
     return 100 * sum(values) / len(values) if values else None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser.add_argument("--data", type=Path, required=True, help="folder with metadata.csv")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    options = parser.parse_args(arguments)
+    try:
+        index = RefAvsIndex(options.data)
+        learned = index.rows(Split.TRAIN)
+        if not learned:
+            raise DataError(f"{index.table}: no row of split train. Remedy: use the whole table.")
+    except AuroraError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    table: list[list[Cell]] = []
+    kept: dict[str, dict[str, object]] = {}
+    for full_stop in (True, False):
+        baseline = TextBaseline(learned, full_stop)
+        name = "with the final stop" if full_stop else "without it"
+        kept[name] = {}
+        for split in JUDGED:
+            scores = baseline.score(index.rows(split))
+            kept[name][str(split)] = asdict(scores)
+            table.append([f"{split}, {name}", *asdict(scores).values()])
+    print(format_table(["split", "rows", "null", "null found", "null claimed", "class", "S"], table))
+    print("percent; S of a model that trusts this baseline and marks every pixel of the other clips (100: no help)")
+    if options.json is not None:
+        write_json(options.json, {"data": str(options.data), "learned": len(learned), "scores": kept})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from scripts.mini_base.corpus import SYSTEM, Branch
+from scripts.dev.mini_base.corpus import SYSTEM, Branch
 from utils.types import IGNORE
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

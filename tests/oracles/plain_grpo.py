@@ -1,4 +1,4 @@
-"""Stage 3 without any sharing: what the shared prompt is measured against, in tests and in scripts/bench_grpo.py.
+"""Stage 3 without any sharing: what the shared prompt is measured against, in tests and in scripts/dev/bench_grpo.py.
 
 One batch of G full copies: every clip is encoded once per answer, transformers' `generate` prefills the prompt once per
 answer, and the answers are scored by the ordinary forward over G copies of prompt and answer. Generous to the plain way

@@ -22,7 +22,7 @@ from dataset import mini_scene as scenes
 from dataset.fbank import kaldi_fbank
 from model.sam import Segmenter
 from model.videollama2.backbone import VideoLlama2
-from scripts.mini_base.corpus import random_scene
+from scripts.dev.mini_base.corpus import random_scene
 
 CLASSES, COLOURS = scenes.CLASSES, tuple(scenes.COLOURS)
 

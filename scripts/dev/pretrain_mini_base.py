@@ -1,6 +1,6 @@
 """Make the mini base from nothing: tokenizer, SigLIP + connector, BEATs, SAM, and a Qwen2 that answers questions.
 
-    python scripts/pretrain_mini_base.py --out DIR --work WORK                 # 108 minutes on 2 cores
+    python scripts/dev/pretrain_mini_base.py --out DIR --work WORK                 # 108 minutes on 2 cores
 
 The result stands where a user's VideoLLaMA2.1-7B-AV folder and SAM checkpoint stand: the released key names and file
 layout, small numbers. It knows all classes of the mini world by sight, sound and word; it has never seen the task's
@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from safetensors.torch import load_file
@@ -27,9 +27,9 @@ from tokenizers import Tokenizer
 from model.sam import SamSizes, Segmenter, assemble_sam
 from model.videollama2.backbone import VideoLlama2
 from model.videollama2.config import VideoLlama2Config
-from scripts.mini_base import perception, reading
-from scripts.mini_base.corpus import pretraining_text
-from scripts.mini_base.tokens import TreePacker, train_tokenizer
+from scripts.dev.mini_base import perception, reading
+from scripts.dev.mini_base.corpus import pretraining_text
+from scripts.dev.mini_base.tokens import TreePacker, train_tokenizer
 from utils.tensor_files import save_safetensors
 
 ROWS = 576

@@ -1,1 +1,0 @@
-"""Pretraining of the mini base: the steps behind `scripts/pretrain_mini_base.py`."""
