@@ -1,48 +1,306 @@
-"""Every knob of a run: `RunConfig`, with the sections of `configs.sections` and `configs.stages`.
+"""Every field of a run (`RunConfig`) with its meaning, unit, range, default and source, and every rule between fields.
 
-The models are frozen, strictly typed and refuse unknown keys. Rules that span several fields live in `configs.rules`
-and are checked together, so that one attempt shows every problem. Nothing here imports torch.
+A source is a place in the paper ("paper 4.1"), a line of the authors' released code at commit d601816 ("released code
+train_ds.py:92"), the benchmark's official code, or "our choice: <why>". `utils.config.load_config` reads a YAML file
+into a `RunConfig`. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from configs.fields import Section, knob
-from configs.rules import broken_rules
-from configs.sections import (
-    DataConfig,
-    EngineConfig,
-    LogConfig,
-    LossConfig,
-    ModelConfig,
-    OptimConfig,
-    TrainableConfig,
-)
-from configs.stages import EvalConfig, GrpoConfig, ReflectiveConfig, SftConfig
-from configs.watch import WatchConfig
-
-__all__ = [
-    "DataConfig",
-    "EngineConfig",
-    "EvalConfig",
-    "GrpoConfig",
-    "LogConfig",
-    "LossConfig",
-    "ModelConfig",
-    "OptimConfig",
-    "ReflectiveConfig",
-    "RunConfig",
-    "SftConfig",
-    "StageName",
-    "TrainableConfig",
-    "WatchConfig",
-]
+VOCABULARY = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
+"""Parameters whose [SEG] rows `trainable.seg_rows_only` trains."""
 
 StageName = Literal["teacher", "sft", "reflective", "grpo", "eval"]
+REASONED = ("reasoning", "conclusion")
+"""Answers that are made of reasoning records."""
+PROTOCOL = {"refavs": "official", "avsbench_s4": "s4", "avsbench_ms3": "ms3"}
+Rule = tuple[Callable[["RunConfig"], object], str, str, str]
+
+
+def field(default: Any, meaning: str, unit: str, source: str, **limits: Any) -> Any:
+    """A documented field; `limits` are pydantic's (ge, le, pattern ...)."""
+    return Field(default, description=meaning, json_schema_extra={"unit": unit, "source": source}, **limits)
+
+
+def _regular_expression(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"is not a regular expression ({error})") from error
+    return pattern
+
+
+Regex = Annotated[str, AfterValidator(_regular_expression)]
+Name = Annotated[str, Field(min_length=1)]
+Average = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Frozen, strictly typed, no unknown keys, no NaN or infinity."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True, protected_namespaces=()
+    )
+
+
+class ModelConfig(Section):
+    """Which weights make up the joint model and how they are run."""
+
+    base: Name = field("weights/VideoLLaMA2.1-7B-AV", "folder of the multimodal language model: config.json, "
+        "safetensors, tokenizer", "path", "released code train_ds.py:40")
+    sam_checkpoint: str = field("weights/sam_vit_h_4b8939.pth", "SAM weights (.pth or .safetensors)", "path",
+        "released code train_ds.py:102")
+    sam_type: str = field("vit_h", "size of SAM: vit_h, vit_l, vit_b, or a JSON file with sizes", "name or path",
+        "released code train_ds.py:102", pattern=r"^(vit_[hlb]|.+\.json)$")
+    sam_image_size: int = field(224, "side of SAM's square input (1024 is the size SAM was trained at, 21 times the "
+        "pixels)", "pixels", "released code train_ds.py:54", ge=16)
+    attention: Literal["eager", "sdpa"] = field("sdpa", "attention of the towers; the language model uses torch's "
+        "fused kernels (model.aurora.shared_prompt)", "name", "our choice: exact and available everywhere")
+    seg_token: str = field("[SEG]", "token whose hidden state prompts SAM", "text", "paper 3.1", pattern=r"^\S+$")
+    prompter: Literal["seg_token", "learnable_tokens", "text_encoder"] = field("seg_token", "what prompts SAM: the "
+        "[SEG] that the model writes, learnable tokens appended behind its answer, or a text encoder's embedding of "
+        "the reference (no answer is written)", "name", "paper 3.1, tables 2 and 7")
+    learnable_tokens: int = field(1, "tokens appended behind the answer; their projected states are averaged", "tokens",
+        "our choice: one, as there is one [SEG]; paper 8.1 is silent", ge=1)
+    text_encoder: Name | None = field(None, "folder of a CLIP text model with its tokenizer; null = the base's "
+        "language model reads the reference", "path", "our choice: stands for ImageBind's CLIP text tower (paper table "
+        "2)")
+    system_prompt: Literal["llama2", "qwen2", "none"] = field("llama2", "system turn: LLaMA-2's safety text as "
+        "released, Qwen2's own, or none", "name", "released code utils/sem_seg_dataset.py:513-519")
+    decode_frames_per_step: int | None = field(None, "frames of a clip that get a mask loss in a step (drawn by seed); "
+        "null = all", "frames", "released code LISA_sft_distill.py:186; the paper does not say it", ge=1)
+
+
+class TrainableConfig(Section):
+    """Which weights are trained. Patterns are searched (`re.search`) in the joint model's module or parameter names."""
+
+    lora_rank: int = field(8, "rank of the LoRA adapters; 0 = no LoRA", "1", "released code train_ds.py:56", ge=0)
+    lora_alpha: float = field(16.0, "LoRA's scale, divided by the rank", "1", "released code train_ds.py:92", gt=0)
+    lora_dropout: float = field(0.05, "dropout before the adapters", "1", "released code train_ds.py:93", ge=0, lt=1)
+    lora_targets: tuple[Regex, ...] = field((r"language_model\..*\.(q_proj|v_proj)$",), "regexes of the linear modules "
+        "with an adapter; one without a match is an error. The released filter reaches BEATs and SAM's decoder too "
+        "(train_ds.py:215,217)", "regex", "released code train_ds.py:94")
+    full: tuple[Regex, ...] = field((r"language_model\.model\.embed_tokens\.", r"language_model\.lm_head\."),
+        "regexes of the parameters trained whole; one without a match is an error", "regex",
+        "released code train_ds.py:280")
+    seg_head: bool = field(True, "train text_hidden_fcs, [SEG]'s projection", "flag", "released code train_ds.py:280")
+    mask_decoder: bool = field(True, "train SAM's mask decoder", "flag", "released code train_ds.py:280")
+    seg_rows_only: bool = field(False, "train only the [SEG] rows of embedding and lm_head (7k values, not 1.09 G)",
+        "flag", "released code train_ds.py:280 trains all rows")
+
+
+class DataConfig(Section):
+    """What is read and how a row becomes a sample."""
+
+    benchmark: Literal["refavs", "avsbench_s4", "avsbench_ms3"] = field("refavs", "which benchmark lies in `root`; "
+        'AVSBench asks for "The sounding object" in every clip', "name", "paper 4.1, 4.4")
+    root: Name = field("data/refavs", "folder of the benchmark (Ref-AVS: metadata.csv, media/, gt_mask/; AVSBench: see "
+        "dataset/avsbench.py)", "path", "our choice: the path in this repository")
+    cot: tuple[Name, ...] = field((), "JSONL files of reasoning records, keyed by metadata row; where any are listed, "
+        "only rows with a record are trained on, whatever the answer holds", "paths", "paper 3.1")
+    train_split: Literal["train", "val"] = field("train", "split that is trained on", "name", "paper 4.1")
+    null_rows: bool = field(True, "keep the rows whose reference matches nothing (empty masks)", "flag",
+        "released code utils/sem_seg_dataset.py:386-407")
+    num_workers: int = field(4, "decoding processes per rank; 0 = decode in the training process", "processes",
+        "our choice: decoding of 10 frames takes about 0.2 s on one core", ge=0)
+    audio_padding_seconds: float | None = field(30.0, "length to which the sound is padded with silence (30 s: 1,496 "
+        "audio tokens); null = none (10 s: 496 tokens)", "seconds", "released code utils/dataset.py:127", gt=0)
+    frame_resize: Literal["warp", "pad"] = field("warp", "frames to the vision tower's square: stretched, or padded "
+        "first", "name", "released code train_ds.py:177")
+    num_frames: int | None = field(None, "frames read per clip, evenly spaced; null = all on disk (10)", "frames",
+        "released code train_ds.py:175", ge=1)
+    answer: Literal["reasoning", "conclusion", "class", "plain"] = field("reasoning", 'target text: "{reasoning} It is '
+        '[SEG].", its last two sentences alone, "It is {class} [SEG]." or "It is [SEG]."', "name", "paper 3.1")
+    incomplete_reasoning: Literal["error", "drop"] = field("error", "rows without a reasoning record, or with one of "
+        "2,000 characters or more: refuse the run, or leave them out", "name", "our choice: no row goes unseen; "
+        "released code utils/sem_seg_dataset.py:398 drops")
+    feature_cache: Literal["none", "memory", "disk"] = field("none", "keep the features of frozen towers by clip, in "
+        "memory or in files below <data.root>/.features (about 7 MB a clip at full size)", "name",
+        "our choice: a cache pays only where clips come again")
+    max_image_pixels: int = field(50_000_000, "larger frames or masks are refused before decoding", "pixels",
+        "our choice: guards memory", ge=1)
+    max_audio_seconds: float = field(120.0, "longer sounds are refused", "seconds", "our choice: guards memory", gt=0)
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule. All step counts are optimiser steps."""
+
+    lr: float = field(1e-4, "peak learning rate; the paper names none (GRPO: 1e-5, train_ds.py:88)", "1",
+        "released code train_ds_test.py:87, the only trainer with a cross entropy", gt=0)
+    betas: tuple[Average, Average] = field((0.9, 0.95), "AdamW's averages", "1", "released code train_ds.py:96")
+    weight_decay: float = field(0.0, "decoupled weight decay", "1", "released code train_ds.py:332", ge=0)
+    warmup_steps: int = field(100, "linear warm-up from 0", "steps", "released code train_ds_test.py:315", ge=0)
+    steps: int = field(720, "length of the run", "steps", "paper 4.1", ge=1)
+    decay_steps: int | None = field(None, "step at which the decay reaches 0; null = optim.steps, the end of the run",
+        "steps", "our choice: a run of any length ends at a rate of 0", ge=1)
+    schedule: Literal["linear", "cosine", "constant"] = field("linear", "decay to 0 at decay_steps after the warm-up",
+        "name", "released code train_ds.py:337")
+    clip_norm: float = field(1.0, "largest gradient norm; 0 = no clipping", "1", "released code train_ds.py:352", ge=0)
+    group_lr_scale: dict[Regex, Annotated[float, Field(gt=0)]] = field({}, "regex on parameter names -> factor on lr; "
+        "the first match counts", "1", "our choice: one rate for all")
+
+
+class EngineConfig(Section):
+    """How DeepSpeed runs the step."""
+
+    micro_batch: int = field(1, "clips per process and forward", "clips", "paper 4.1", ge=1)
+    accumulation: int = field(4, "forwards per optimiser step", "micro-batches", "paper 4.1", ge=1)
+    zero_stage: Literal[0, 1, 2, 3] = field(2, "ZeRO stage", "1", "released code train_ds.py:354")
+    precision: Literal["fp32", "bf16"] = field("bf16", "weights and matmuls", "name", "released code train_ds.py:48")
+    accumulate_in: Literal["weights", "fp32"] = field("weights", "type in which the gradients of micro-batches are "
+        "summed: the weights' own, or float32 (ZeRO 2 and 3); under bf16 the first is off by 0.2 % after 4, see "
+        "docs/memory.md", "name", "released code train_ds.py:354 leaves DeepSpeed's default alone")
+    gradient_checkpointing: bool = field(True, "recompute the language model's activations in backward", "flag",
+        "released code train_ds.py:165")
+    offload: bool = field(False, "keep the optimiser's states in CPU memory (released: true); 2 x 48 GB hold them",
+        "flag", "our choice: faster where it fits; released code train_ds.py:358 offloads")
+    threads: int | None = field(None, "CPU threads per process; null = cores / processes on this machine", "threads",
+        "our choice: each core once", ge=1)
+
+
+class LossConfig(Section):
+    """Weights of the summed losses. The released code uses bce 2, dice 0.5 (train_ds.py:89-91); the paper 1 each."""
+
+    ce: float = field(1.0, "weight of the cross entropy of the answer", "1", "paper eq. 6", ge=0)
+    bce: float = field(1.0, "weight of the masks' binary cross entropy (released: 2)", "1", "paper eq. 6", ge=0)
+    dice: float = field(1.0, "weight of the masks' Dice loss (released: 0.5)", "1", "paper eq. 6", ge=0)
+    mask_side: int | None = field(None, "long side at which BCE and Dice are computed; null = the frames' own, as "
+        "released (smaller: less memory)", "pixels", "released code LISA_sft_distill.py:370", ge=16)
+    distill: float = field(0.0, "weight of MSE(f_t, f_s) of [SEG] features; stage sft alone distils (1)", "1",
+        "paper eq. 2, 6", ge=0)
+
+
+class LogConfig(Section):
+    """What a run writes and how often."""
+
+    every: int = field(1, "between two rows of metrics (means over the steps between)", "steps",
+        "released code train_ds.py:106", ge=1)
+    save_every: int = field(100, "between two checkpoints", "steps", "our choice: at most 100 steps are lost", ge=1)
+    keep: int = field(2, "checkpoints kept; older ones go", "checkpoints", "our choice: one more if one is damaged",
+        ge=1)
+    keep_best: Name | None = field(None, "scalar of metrics.jsonl (loss, reward_all ...; its mean since the checkpoint "
+        "before) by which the best checkpoint is kept besides; null = none", "name", "our choice: the last step counts")
+    best_is: Literal["lowest", "highest"] = field("lowest", "which value of keep_best is the best", "name",
+        "our choice: right for every loss")
+    grace_seconds: float = field(120.0, "after SIGTERM (a scheduler takes the machine): time to finish the step and "
+        "save; then the run ends without", "seconds", "our choice: SLURM's --signal=TERM@120", gt=0)
+    tensorboard: bool = field(True, "write TensorBoard scalars", "flag", "released code train_ds.py:580")
+    samples_every: int = field(0, "between two greedy answers for the clips at hand, written to samples.jsonl; 0 = "
+        "never", "steps", "our choice: off, generation takes time", ge=0)
+
+
+class WatchConfig(Section):
+    """Thresholds of the warnings of `utils.watch`; nothing here stops a run or changes what it learns."""
+
+    window: int = field(50, "answers, or logged steps, that a judgement rests on", "1",
+        "our choice: fewer move by chance", ge=2)
+    repeated_share: float = field(0.9, "warn when the commonest answer makes up this share of the last ones", "1",
+        "our choice: clips may share an answer, not nearly all of them", gt=0, le=1)
+    seg_share: float = field(0.5, "warn when fewer of the last answers than this share hold [SEG]", "1",
+        "our choice: an answer without [SEG] has no mask", ge=0, le=1)
+    reward_drop: float = field(0.5, "warn when the mean reward falls below this share of its best window", "1",
+        "our choice: half of what was reached is lost", ge=0, lt=1)
+    entropy_floor: float = field(0.02, "warn when the mean entropy of a token falls below", "nat", "our choice: near 0 "
+        "all answers are the same", ge=0)
+
+
+class SftConfig(Section):
+    """Stage 1: supervised reasoning with distillation from a segmentation-only teacher."""
+
+    teacher_checkpoint: Name | None = field(None, "run or checkpoint folder of the teacher", "path", "paper 3.1")
+    teacher_answer: Literal["conclusion", "class", "plain"] = field("class", 'answer the teacher reads: "It is {class} '
+        '[SEG]." (released), "It is [SEG]." (paper text), or the last two sentences of the reasoning', "name",
+        "released code LISA_ref_distill.py")
+    student_start: Literal["teacher", "init_from"] = field("teacher", "weights that the student starts from: the "
+        "teacher's, or those that init_from names (null = the base, whose [SEG] head is random)", "name",
+        "released code train_ds.py:245-273 (commented) loads the teacher into both; the paper is silent")
+    freeze_mask_decoder: bool = field(True, "use the teacher's SAM decoder and keep it frozen", "flag", "paper 3.1")
+
+
+class ReflectiveConfig(Section):
+    """Stage 2: training on wrong path + trigger + corrected path."""
+
+    paths: tuple[Name, ...] = field((), "JSONL files of reflective records", "paths", "paper 3.2")
+    loss_on: Literal["all", "correction"] = field("all", "tokens that count: the whole path, or what follows the "
+        "trigger", "name", "paper eq. 3")
+    target: Literal["reflective", "corrected_only"] = field("reflective", "whole reflective path (CRT) or the "
+        "corrected path alone (CT)", "name", "paper table 4")
+    reflective_count: int | None = field(1505, "reflective records mixed in; null = all", "records", "paper 4.1", ge=1)
+    standard_count: int | None = field(3500, "records of data.cot mixed in; null = all", "records", "paper 4.1", ge=0)
+
+
+class GrpoConfig(Section):
+    """Stage 3: group-relative policy optimisation."""
+
+    group_size: int = field(3, "answers sampled per clip", "answers", "paper 4.1", ge=2)
+    temperature: float = field(1.0, "of sampling and scoring", "1", "released code LISA_grpo.py:432", gt=0)
+    top_p: float = field(0.9, "probability mass sampled from", "1", "released code LISA_grpo.py:433", gt=0, le=1)
+    top_k: int | None = field(None, "most likely words that are sampled from; 0 = all, null = as "
+        "generation_config.json of model.base (else 50)", "words", "released code LISA_grpo.py:430-434 leaves it to "
+        "transformers", ge=0)
+    repetition_penalty: float | None = field(None, "divides logits of words the answer holds; 1 = none, null = as "
+        "generation_config.json of model.base (else 1)", "1", "released code LISA_grpo.py:430-434 leaves it to "
+        "transformers", gt=0)
+    max_new_tokens: int = field(320, "longest answer (released: 150, which cuts reflective ones, LISA_grpo.py:434)",
+        "tokens", "our choice: the two paths of paper 6.2's example have 148 words, about 200 tokens; the rest is room",
+        ge=1)
+    clip_eps: float = field(0.2, "the ratio is clipped below 1 - this", "1", "our choice: usual, eq. 5 is silent", gt=0,
+        lt=1)
+    clip_eps_high: float = field(0.2, "the ratio is clipped above 1 + this (DAPO: 0.28)", "1",
+        "our choice: symmetric as eq. 5", gt=0)
+    beta: float = field(0.0, "weight of the KL to the policy at the stage's start", "1", "paper 3.3", ge=0)
+    updates_per_batch: int = field(1, "optimiser steps on one set of samples", "steps",
+        "released code LISA_grpo.py:572", ge=1)
+    advantage: Literal["std", "mean", "leave_one_out"] = field("std", "reward minus group mean over group std (eq. 4), "
+        "without the std, or minus the others' mean", "name", "paper eq. 4")
+    advantage_eps: float = field(1e-4, "added to the std", "1", "released code LISA_grpo.py:569", gt=0)
+    normalisation: Literal["sequence", "token"] = field("sequence", "mean over each answer, then over answers (eq. 5), "
+        "or over all tokens (DAPO)", "name", "paper eq. 5")
+    mask_truncated: bool = field(False, "leave answers cut at max_new_tokens out of the policy loss", "flag",
+        "released code LISA_grpo.py:575")
+    mask_loss_on: Literal["all", "class_correct", "best", "none"] = field("all", "answers whose masks are trained (BCE "
+        "+ Dice)", "name", "paper eq. 8")
+    reward_weights: dict[Name, Annotated[float, Field(ge=0)]] = field({"format": 1.0, "iou": 1.0, "class": 1.0},
+        "coefficient of each reward by name", "1", "paper 3.3")
+    reward_module: str | None = field(None, "module that registers more rewards", "module",
+        "our choice: the paper's rewards alone")
+    class_scoring: Literal["exact", "released"] = field("exact", "class reward 0/1 by the whole name, or the released "
+        "code's 0/1/2 by one word", "name", "paper 3.3")
+
+
+class EvalConfig(Section):
+    """What train_ds_test.py evaluates, and how."""
+
+    checkpoint: Name | None = field(None, "run or checkpoint folder to evaluate", "path",
+        "our choice: null, the user names it")
+    splits: tuple[Literal["train", "val", "test", "test_s", "test_u", "test_n"], ...] = field(
+        ("test_s", "test_u", "test_n"), "splits that are scored (AVSBench: test)", "names", "paper 4.1", min_length=1)
+    protocol: tuple[Literal["official", "per_expression", "s4", "ms3"], ...] = field(("official", "per_expression"),
+        "Ref-AVS's own scoring (256 px, 4 clips pooled, J at 0.4), AURORA's (native size, per clip, 0.5), and "
+        "AVSBench's of its subsets s4 and ms3 (224 px, 4 clips pooled, 0.5)", "names", "Ref-AVS official code",
+        min_length=1)
+    batch_size: int = field(1, "clips at once per process", "clips", "released code train_ds_test.py:85", ge=1)
+    max_new_tokens: int = field(512, "longest answer", "tokens", "our choice: reflective paths fit", ge=1)
+    repetition_penalty: float | None = field(None, "of greedy answers: 1 = none, null = as generation_config.json of "
+        "model.base (else 1), the only field of that file that reaches a greedy answer", "1",
+        "released code LISA.py:195-200 leaves it to transformers", gt=0)
+    probe: Literal["none", "shuffle_audio", "zero_audio", "shuffle_video"] = field("none", "exchange or silence one "
+        "modality: does the model use it?", "name", "our choice: none, the benchmark's own clips are scored")
+    limit: int | None = field(None, "rows scored per split, evenly spread; null = all", "rows", "paper 4.1", ge=1)
+    pictures: int = field(12, "clips drawn into the report", "clips", "our choice: a page of the report", ge=0)
+    save_masks: bool = field(False, "write every predicted mask as PNG", "flag", "our choice: the scores need none")
+    save_probabilities: bool = field(False, "write every predicted mask's probabilities as 16-bit PNG "
+        "(scripts/evaluate_masks.py)", "flag", "our choice: the scores need none")
+    output_dir: Name = field("runs/eval", "folder of tables, pictures and predictions", "path",
+        "our choice: a folder of its own")
 
 
 class RunConfig(Section):
@@ -53,19 +311,14 @@ class RunConfig(Section):
             fields; `utils.config.load_config` turns it into a `ConfigError` that lists everything at once.
     """
 
-    stage: StageName = knob(
-        ..., "what the run does: the training stage of train_ds.py, or `eval` for train_ds_test.py", "name", "paper 3"
-    )
-    seed: int = knob(0, "seed of data order, dropout and sampling (each rank adds its number)", "1", "ours", ge=0)
-    output_dir: str = knob(
-        "runs/default", "folder of this run: checkpoints, metrics, final weights", "path", "ours", min_length=1
-    )
-    init_from: str | None = knob(
-        None,
-        "run or checkpoint folder whose trained weights the stage starts from; null = the base",
-        "path",
-        "paper 3.2",
-    )
+    stage: StageName = field(..., "what the run does: the training stage of train_ds.py, or `eval` for "
+        "train_ds_test.py", "name", "paper 3")
+    seed: int = field(0, "seed of data order, dropout and sampling (each rank adds its number)", "1",
+        "our choice: the paper names none", ge=0)
+    output_dir: Name = field("runs/default", "folder of this run: checkpoints, metrics, final weights", "path",
+        "our choice: runs lie together below runs/")
+    init_from: str | None = field(None, "run or checkpoint folder whose trained weights the stage starts from; null = "
+        "the base", "path", "paper 3.2")
     model: ModelConfig = ModelConfig()
     trainable: TrainableConfig = TrainableConfig()
     data: DataConfig = DataConfig()
@@ -81,8 +334,165 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_rules(self) -> RunConfig:
-        problems = broken_rules(self)
+        problems = [
+            (fields, tuple(attrgetter(name)(self) for name in fields.split(" + ")), what, remedy)
+            for broken, fields, what, remedy in RULES if broken(self)
+        ]  # fmt: skip
         if problems:
-            text = "; ".join(f"{', '.join(p.fields)}: {p.rule}. Remedy: {p.remedy}" for p in problems)
-            raise PydanticCustomError("impossible_combination", "{text}", {"text": text, "problems": problems})
+            text = "; ".join(f"{fields}: {what}. Remedy: {remedy}" for fields, _, what, remedy in problems)
+            raise PydanticCustomError("broken_rules", "{text}", {"text": text, "problems": problems})
         return self
+
+
+def _where(applies: Callable[[RunConfig], bool], *rules: Rule) -> tuple[Rule, ...]:
+    """`rules` that count only where `applies` holds."""
+    return tuple((lambda c, broken=broken: applies(c) and broken(c), *texts) for broken, *texts in rules)
+
+
+RULES: tuple[Rule, ...] = (
+    # What a stage starts from.
+    (lambda c: c.stage in ("reflective", "grpo") and not c.init_from, "init_from + stage",
+     "this stage starts from the weights of an earlier one", "set init_from to that run"),
+    (lambda c: c.stage in ("teacher", "sft", "reflective") and c.data.answer in REASONED and not c.data.cot,
+     "data.cot + data.answer", "answers with reasoning need reasoning records",
+     "list the JSONL files in data.cot, or set data.answer to plain"),
+    (lambda c: c.stage == "teacher" and c.data.answer == "reasoning", "data.answer + stage",
+     "the teacher learns segmentation alone (paper 3.1)", "set data.answer to conclusion, class or plain"),
+    (lambda c: c.stage == "reflective" and not c.reflective.paths, "reflective.paths + stage",
+     "stage reflective needs its records", "list JSONL files in reflective.paths"),
+    (lambda c: c.stage == "eval" and not c.eval.checkpoint, "eval.checkpoint + stage", "nothing to evaluate",
+     "set eval.checkpoint to a run folder"),
+    # The teacher of stage 1.
+    (lambda c: c.loss.distill > 0 and c.stage not in ("sft", "eval"), "loss.distill + stage",
+     "only stage sft has a teacher to distil from", "set loss.distill to 0"),
+    *_where(lambda c: c.stage == "sft",
+        (lambda c: c.loss.distill > 0 and c.sft.teacher_answer in REASONED and not c.data.cot,
+         "data.cot + sft.teacher_answer", "the teacher's conclusions are read from reasoning records",
+         "list the JSONL files in data.cot, or set sft.teacher_answer to class or plain"),
+        (lambda c: c.loss.distill > 0 and not c.sft.teacher_checkpoint, "sft.teacher_checkpoint + loss.distill",
+         "distillation needs a trained teacher", "set sft.teacher_checkpoint to its run folder, or loss.distill to 0"),
+        (lambda c: c.sft.student_start == "teacher" and not c.sft.teacher_checkpoint,
+         "sft.teacher_checkpoint + sft.student_start", "there is no teacher to start from",
+         "set sft.teacher_checkpoint, or sft.student_start to init_from"),
+        (lambda c: c.sft.student_start == "teacher" and c.init_from, "init_from + sft.student_start",
+         "the student cannot start from the teacher and from another run",
+         "set sft.student_start to init_from, or init_from to null"),
+        (lambda c: c.sft.freeze_mask_decoder and not c.sft.teacher_checkpoint,
+         "sft.teacher_checkpoint + sft.freeze_mask_decoder", "the frozen mask decoder is the teacher's",
+         "set sft.teacher_checkpoint, or sft.freeze_mask_decoder to false"),
+        (lambda c: c.sft.freeze_mask_decoder and c.trainable.mask_decoder,
+         "sft.freeze_mask_decoder + trainable.mask_decoder", "the mask decoder cannot be both frozen and trained",
+         "set one of the two to false"),
+        (lambda c: c.sft.teacher_checkpoint
+         and not (c.loss.distill or c.sft.freeze_mask_decoder or c.sft.student_start == "teacher"),
+         "sft.teacher_checkpoint + loss.distill + sft.freeze_mask_decoder + sft.student_start",
+         "the teacher would be loaded and used for nothing",
+         "set loss.distill above 0, freeze_mask_decoder true, student_start to teacher, or teacher_checkpoint to null"),
+    ),
+    # What is trained, and by which loss.
+    (lambda c: c.trainable.lora_rank > 0 and not c.trainable.lora_targets,
+     "trainable.lora_rank + trainable.lora_targets", "adapters without a place",
+     "list lora_targets, or set lora_rank to 0"),
+    (lambda c: c.trainable.seg_rows_only and any(re.search(p, name) for p in c.trainable.full for name in VOCABULARY),
+     "trainable.seg_rows_only + trainable.full", "a pattern already trains whole rows of the vocabulary",
+     "remove the patterns of embed_tokens and lm_head from trainable.full, or set seg_rows_only to false"),
+    (lambda c: not (c.trainable.lora_rank or c.trainable.full or c.trainable.seg_head or c.trainable.mask_decoder
+                    or c.trainable.seg_rows_only), "trainable", "nothing is trained",
+     "set lora_rank, full, seg_head, mask_decoder or seg_rows_only"),
+    (lambda c: c.stage == "grpo" and c.loss.ce > 0, "loss.ce + stage", "stage grpo has no cross entropy (paper eq. 8)",
+     "set loss.ce to 0"),
+    (lambda c: c.stage not in ("grpo", "eval") and not (c.loss.ce or c.loss.bce or c.loss.dice or c.loss.distill),
+     "loss", "all weights are 0, so nothing would be learned", "set one of loss.* above 0"),
+    *_where(lambda c: c.stage != "eval",
+        (lambda c: "text_hidden_fcs" in c.optim.group_lr_scale and not c.trainable.seg_head,
+         "optim.group_lr_scale + trainable.seg_head", "text_hidden_fcs is not trained",
+         "leave it out of group_lr_scale, or set trainable.seg_head to true"),
+        (lambda c: "mask_decoder" in c.optim.group_lr_scale and not c.trainable.mask_decoder,
+         "optim.group_lr_scale + trainable.mask_decoder", "the mask decoder is not trained",
+         "leave it out of group_lr_scale, or set trainable.mask_decoder to true"),
+        (lambda c: c.trainable.mask_decoder and c.loss.bce + c.loss.dice == 0,
+         "trainable.mask_decoder + loss.bce + loss.dice", "without a mask loss the mask decoder gets no gradient",
+         "set loss.bce or loss.dice above 0, or trainable.mask_decoder to false"),
+    ),
+    # Schedule, engine and log.
+    (lambda c: c.optim.warmup_steps >= c.optim.steps, "optim.warmup_steps + optim.steps", "the warm-up would never end",
+     "set warmup_steps below optim.steps"),
+    # With steps above the warm-up this keeps the horizon behind the warm-up too.
+    (lambda c: c.optim.schedule != "constant" and (c.optim.decay_steps or c.optim.steps) < c.optim.steps,
+     "optim.decay_steps + optim.steps", "from decay_steps on the learning rate is 0 and nothing is learned",
+     "set decay_steps to optim.steps or more, or to null"),
+    (lambda c: c.engine.offload and c.engine.zero_stage == 0, "engine.offload + engine.zero_stage",
+     "offloading needs ZeRO", "set zero_stage to 1, 2 or 3"),
+    (lambda c: c.engine.accumulate_in == "fp32" and c.engine.precision == "bf16" and c.engine.zero_stage < 2,
+     "engine.accumulate_in + engine.zero_stage", "DeepSpeed sums bf16 gradients in float32 at ZeRO 2 and 3 alone",
+     "set zero_stage to 2 or 3, or accumulate_in to weights"),
+    (lambda c: c.data.num_frames and (c.model.decode_frames_per_step or 0) > c.data.num_frames,
+     "model.decode_frames_per_step + data.num_frames", "more frames are decoded than read",
+     "set decode_frames_per_step to num_frames or less"),
+    # Stage grpo logs answers that it draws anyway.
+    (lambda c: c.log.samples_every and c.engine.zero_stage == 3 and c.stage != "grpo",
+     "log.samples_every + engine.zero_stage", "one process cannot write an answer with partitioned weights",
+     "set log.samples_every to 0, or zero_stage to 2"),
+    (lambda c: c.loss.distill > 0 and c.engine.zero_stage == 3, "loss.distill + engine.zero_stage",
+     "the teacher's pass needs whole weights", "set zero_stage to 2 or less"),
+    (lambda c: c.log.save_every % c.log.every, "log.save_every + log.every",
+     "a checkpoint between two rows of metrics would lose the means so far", "make save_every a multiple of every"),
+    *_where(lambda c: c.stage == "grpo",
+        (lambda c: c.grpo.clip_eps_high < c.grpo.clip_eps, "grpo.clip_eps_high + grpo.clip_eps",
+         "the upper clip is narrower than the lower", "set clip_eps_high to clip_eps or more"),
+        (lambda c: c.log.save_every % c.grpo.updates_per_batch, "log.save_every + grpo.updates_per_batch",
+         "a checkpoint between two updates on the same samples would lose the samples",
+         "make save_every a multiple of updates_per_batch"),
+        (lambda c: not any(c.grpo.reward_weights.values()), "grpo.reward_weights", "no reward has a weight",
+         "give one reward a weight above 0"),
+        (lambda c: c.grpo.mask_loss_on != "none" and c.loss.bce + c.loss.dice == 0,
+         "grpo.mask_loss_on + loss.bce + loss.dice", "the mask losses have no weight",
+         "set mask_loss_on to none, or a weight"),
+        (lambda c: c.grpo.mask_loss_on == "none" and c.trainable.mask_decoder,
+         "grpo.mask_loss_on + trainable.mask_decoder", "without a mask loss the mask decoder gets no gradient",
+         "set trainable.mask_decoder to false"),
+    ),
+    # The benchmark.
+    (lambda c: c.stage == "eval" and any(
+        (split == "test") == (c.data.benchmark == "refavs") for split in c.eval.splits if split.startswith("test")),
+     "eval.splits + data.benchmark", "the benchmark has no such split",
+     "choose from train, val, test_s, test_u, test_n (Ref-AVS) or train, val, test (AVSBench)"),
+    (lambda c: c.stage == "eval" and set(c.eval.protocol) - {"per_expression", PROTOCOL[c.data.benchmark]},
+     "eval.protocol + data.benchmark", "another benchmark's protocol",
+     "choose from per_expression and the benchmark's own: official (Ref-AVS), s4 or ms3"),
+    *_where(lambda c: c.data.benchmark != "refavs" and c.stage != "eval",
+        (lambda c: c.data.cot or c.data.answer in REASONED, "data.benchmark + data.cot + data.answer",
+         "AVSBench has no reasoning records", "set data.cot to [] and data.answer to plain or class"),
+        (lambda c: c.stage == "reflective", "data.benchmark + stage", "AVSBench has no reflective paths",
+         "set stage to grpo or sft"),
+        (lambda c: c.data.benchmark == "avsbench_ms3" and (c.data.answer == "class" or c.stage == "grpo" and (
+            c.grpo.reward_weights.get("class", 0) > 0 or c.grpo.mask_loss_on == "class_correct")),
+         "data.benchmark + data.answer + grpo.reward_weights + grpo.mask_loss_on", "MS3 does not name what sounds",
+         "set data.answer to plain; in stage grpo the class reward to 0 and mask_loss_on to all or best"),
+    ),
+    # Masks that are not asked for by a written [SEG].
+    (lambda c: c.model.text_encoder is not None and c.model.prompter != "text_encoder",
+     "model.text_encoder + model.prompter", "the text encoder would be loaded and used for nothing",
+     "set model.prompter to text_encoder, or model.text_encoder to null"),
+    (lambda c: c.model.learnable_tokens != 1 and c.model.prompter != "learnable_tokens",
+     "model.learnable_tokens + model.prompter", "no learnable tokens are appended",
+     "set model.prompter to learnable_tokens, or remove model.learnable_tokens"),
+    *_where(lambda c: c.model.prompter != "seg_token",
+        (lambda c: c.stage not in ("sft", "eval"), "model.prompter + stage", "this stage needs a written [SEG]",
+         "set stage to sft, or model.prompter to seg_token"),
+        (lambda c: c.loss.distill > 0, "model.prompter + loss.distill", "the teacher's features are those of a [SEG]",
+         "set loss.distill to 0, or model.prompter to seg_token"),
+        (lambda c: c.trainable.seg_rows_only, "model.prompter + trainable.seg_rows_only", "no [SEG] is written or read",
+         "set seg_rows_only to false"),
+        (lambda c: c.stage == "sft" and c.trainable.seg_head and c.loss.bce + c.loss.dice == 0,
+         "trainable.seg_head + loss.bce + loss.dice",
+         "without a mask loss the projection and the learnable tokens get no gradient",
+         "set trainable.seg_head to false, or loss.bce or loss.dice above 0"),
+    ),
+    *_where(lambda c: c.model.prompter == "text_encoder" and c.stage == "sft",
+        (lambda c: c.loss.ce > 0, "model.prompter + loss.ce", "a text encoder writes no answer", "set loss.ce to 0"),
+        (lambda c: c.data.answer != "plain", "model.prompter + data.answer", "a text encoder reads no answer",
+         "set data.answer to plain"),
+    ),
+)  # fmt: skip
+"""Combinations that cannot be: (condition, fields, what is wrong, remedy). All are checked, none stops the others."""

@@ -23,8 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from configs.rules import VOCABULARY  # noqa: E402 - the project's root must be on the path first
-from configs.schema import EngineConfig, RunConfig  # noqa: E402
+from configs.schema import VOCABULARY, EngineConfig, RunConfig  # noqa: E402 - the root must be on the path first
 from model.aurora.meta import build_meta_model, sizes_of_base  # noqa: E402
 from model.aurora.model import AuroraModel  # noqa: E402
 from model.aurora.trained import trained_names  # noqa: E402

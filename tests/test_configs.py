@@ -1,4 +1,4 @@
-"""The schema refuses what is wrong, all at once and with a remedy; every shipped file loads; every knob is used."""
+"""The schema refuses what is wrong, all at once and with a remedy; every shipped file loads; every field is used."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import pytest
 import yaml
 
 from configs.schema import RunConfig
-from utils.config import check_paths, differences, git_state, load_config, save_config
-from utils.config_help import fields
+from utils.config import check_paths, differences, fields, git_state, load_config, save_config
 from utils.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import train_ds
-from configs.watch import WatchConfig
+from configs.schema import WatchConfig
 from tests.aurora_cases import run_config, tiny_batch, tiny_sample
 from utils.checkpoint import Progress
 from utils.log import RunLog

@@ -1,4 +1,4 @@
-"""YAML files and `a.b=value` overrides -> `RunConfig`; the resolved config and the code's git state beside every run.
+"""YAML files and `section.field=value` overrides -> `RunConfig`; its help text; the resolved config beside every run.
 
 Imports no torch: `python train_ds.py --help` and every config error come before anything heavy is loaded.
 """
@@ -11,21 +11,16 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
-from configs.rule import BrokenRule
 from configs.schema import RunConfig
-from utils.config_help import fields, help_text
 from utils.errors import ConfigError, Problem
-
-__all__ = ["check_paths", "differences", "git_state", "help_text", "load_config", "save_config", "validate"]
-
-MAX_YAML_BYTES = 1_000_000
-"""A configuration is a page of text; anything larger is refused unread."""
 
 FREE_ON_RESUME = ("optim.steps", "optim.decay_steps", "log.", "eval.", "watch.", "output_dir", "engine.threads",
                   "data.num_workers", "model.attention")  # fmt: skip
@@ -42,8 +37,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
-        doubled = sorted({key for key in keys if keys.count(key) > 1})
-        if doubled:
+        if doubled := sorted({key for key in keys if keys.count(key) > 1}):
             raise yaml.YAMLError(f"keys written twice: {', '.join(doubled)} (line {node.start_mark.line + 1})")
         return super().construct_mapping(node, deep)
 
@@ -62,6 +56,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises:
         ConfigError: listing every unreadable override, unknown key, wrong type, bad value and broken rule at once.
+            Rules between fields are checked even where fields are wrong, as far as they do not involve these.
     """
     data, problems = _read_yaml(Path(path), ()), []
     for text in overrides:
@@ -69,23 +64,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             _merge(data, _parse_override(text))
         except yaml.YAMLError as error:
             problems.append(Problem(text, text, f"not a readable override ({error})", "write section.field=value"))
-    return validate(data, str(path), problems)
-
-
-def validate(data: dict[str, Any], source: str, earlier: Sequence[Problem] = ()) -> RunConfig:
-    """Build a `RunConfig` from plain data.
-
-    Raises:
-        ConfigError: every problem, `earlier` ones first. Rules between fields are checked even where fields are
-            wrong, as far as they do not involve these.
-    """
+    plain = json.loads(json.dumps(data, default=str))
     try:
-        config = RunConfig.model_validate_json(json.dumps(data, default=str))
+        config = RunConfig.model_validate_json(json.dumps(plain))
     except ValidationError as error:
-        problems = [*earlier, *_problems(error, data)]
-        raise ConfigError(problems, source) from None
-    if earlier:
-        raise ConfigError(list(earlier), source)
+        problems += _problems(error, plain)
+    if problems:
+        raise ConfigError(problems, str(path))
     return config
 
 
@@ -95,20 +80,18 @@ def check_paths(config: RunConfig) -> None:
     Raises:
         ConfigError: naming each missing path with its field.
     """
-    teacher = config.sft.teacher_checkpoint if config.stage == "sft" else None
-    evaluated = config.eval.checkpoint if config.stage == "eval" else None
-    reflective = config.reflective.paths if config.stage == "reflective" else ()
+    stage, model = config.stage, config.model
     wanted = {
-        "model.base": config.model.base,
-        "model.sam_checkpoint": config.model.sam_checkpoint,
-        "model.sam_type": config.model.sam_type if config.model.sam_type.endswith(".json") else None,
-        "model.text_encoder": config.model.text_encoder,
+        "model.base": model.base,
+        "model.sam_checkpoint": model.sam_checkpoint,
+        "model.sam_type": model.sam_type if model.sam_type.endswith(".json") else None,
+        "model.text_encoder": model.text_encoder,
         "data.root": config.data.root,
         "init_from": config.init_from,
-        "sft.teacher_checkpoint": teacher,
-        "eval.checkpoint": evaluated,
+        "sft.teacher_checkpoint": config.sft.teacher_checkpoint if stage == "sft" else None,
+        "eval.checkpoint": config.eval.checkpoint if stage == "eval" else None,
         **{f"data.cot.{i}": path for i, path in enumerate(config.data.cot)},
-        **{f"reflective.paths.{i}": path for i, path in enumerate(reflective)},
+        **{f"reflective.paths.{i}": path for i, path in enumerate(config.reflective.paths) if stage == "reflective"},
     }
     missing = [
         Problem(field, path, "does not exist", f"correct {field} or put the file there (looked in {os.getcwd()})")
@@ -121,10 +104,9 @@ def check_paths(config: RunConfig) -> None:
 
 def save_config(config: RunConfig, folder: str | Path) -> Path:
     """Write `config.yaml` (loads back as it is, the git state in its first line) by temporary name and rename."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    target = Path(folder) / "config.yaml"
+    target.parent.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-    target = folder / "config.yaml"
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     temporary.write_text(f"# code: git {git_state()}\n{text}", encoding="utf-8")
     temporary.replace(target)
@@ -144,12 +126,39 @@ def git_state() -> str:
 
 def differences(ours: RunConfig, theirs: RunConfig, free: tuple[str, ...] = FREE_ON_RESUME) -> list[str]:
     """Fields that differ and are not `free` (names or beginnings of names), as `field: theirs -> ours`."""
-    before, now = dict(_leaves(theirs.model_dump(mode="json"))), dict(_leaves(ours.model_dump(mode="json")))
-    return [
-        f"{field}: {before.get(field)!r} -> {now.get(field)!r}"
-        for field in sorted(before.keys() | now.keys())
-        if before.get(field) != now.get(field) and not field.startswith(free)
-    ]
+    values = [(path, attrgetter(path)(theirs), attrgetter(path)(ours)) for path, _ in fields(RunConfig)]
+    return [f"{p}: {old!r} -> {new!r}" for p, old, new in values if old != new and not p.startswith(free)]
+
+
+def help_text() -> str:
+    """Every field with its default, unit, source and meaning; a blank line between sections."""
+    lines, section = [], ""
+    for path, info in fields(RunConfig):
+        if path.rpartition(".")[0] != section:
+            section = path.rpartition(".")[0]
+            lines.append("")
+        default = "required" if info.is_required() else json.dumps(info.default)
+        choices = " | ".join(map(str, _literals(info.annotation)))
+        lines.append(f"  {path} = {default}  [{info.json_schema_extra['unit']}]  ({info.json_schema_extra['source']})")
+        lines.append(f"      {info.description}{f'; one of {choices}' if choices else ''}")
+    return "\n".join(lines)
+
+
+def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every leaf field of a config model with its dotted path, in order."""
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from fields(info.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, info
+
+
+def _literals(annotation: Any) -> Iterator[Any]:
+    for argument in get_args(annotation):
+        if isinstance(argument, str | int):
+            yield argument
+        else:
+            yield from _literals(argument)
 
 
 def _read_yaml(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
@@ -157,18 +166,14 @@ def _read_yaml(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in chain:
         raise ConfigError([Problem("inherit", str(path), "inherits from itself", "remove the circle")], str(chain[0]))
     try:
-        if path.stat().st_size > MAX_YAML_BYTES:
-            raise yaml.YAMLError(f"is larger than {MAX_YAML_BYTES} bytes")
         data = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - _Loader is a SafeLoader
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(
-            [Problem("file", str(path), f"not readable: {error}", "correct the file or its path")]
-        ) from None
+        problem = Problem("file", str(path), f"not readable: {error}", "correct the file or its path")
+        raise ConfigError([problem]) from None
     data = {} if data is None else data
     if not isinstance(data, dict):
-        raise ConfigError(
-            [Problem("file", type(data).__name__, "must be a mapping of sections", "see configs/sft.yaml")], str(path)
-        )
+        problem = Problem("file", type(data).__name__, "must be a mapping of sections", "see configs/sft.yaml")
+        raise ConfigError([problem], str(path))
     parents = data.pop("inherit", [])
     merged: dict[str, Any] = {}
     for parent in [parents] if isinstance(parents, str) else parents:
@@ -190,75 +195,42 @@ def _parse_override(text: str) -> dict[str, Any]:
 def _merge(base: dict[str, Any], update: dict[str, Any]) -> None:
     """Put `update` over `base` in place, section by section; a field's whole value is replaced, mappings too."""
     for key, value in update.items():
-        if isinstance(value, dict) and isinstance(base.get(key), dict):
-            base[key] = {**base[key], **value}
-        else:
-            base[key] = value
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        base[key] = {**base[key], **value} if both else value
 
 
-def _problems(error: ValidationError, data: dict[str, Any]) -> Iterator[Problem]:
-    """Field errors first, then the rules between the fields that are right."""
-    wrong: list[tuple[Any, ...]] = []
+def _problems(error: ValidationError, data: dict[str, Any]) -> list[Problem]:
+    """Wrong fields, and the broken rules between fields that are right (they are checked without the wrong ones)."""
+    found, rules = [], []
     for item in error.errors(include_url=False):
-        if item["type"] == "impossible_combination":
-            yield from map(_rule_problem, item["ctx"]["problems"])
-            return
+        if item["type"] == "broken_rules":
+            return [Problem(*rule) for rule in item["ctx"]["problems"]]
         loc = item["loc"]
-        wrong.append(loc)
         value = None if item["type"] == "missing" else item["input"]
-        yield Problem(".".join(map(str, loc)), value, *_rule_and_remedy(item["type"], item["msg"], loc))
-    remaining = json.loads(json.dumps(data, default=str))
-    for loc in wrong:
-        _drop(remaining, loc)
+        found.append(Problem(".".join(map(str, loc)), value, *_rule_and_remedy(item["type"], item["msg"], loc)))
+        section = data.get(loc[0]) if len(loc) > 1 else data
+        if isinstance(section, dict):
+            section.pop(loc[:2][-1], None)
     try:
-        RunConfig.model_validate_json(json.dumps(remaining))
+        RunConfig.model_validate_json(json.dumps(data))
     except ValidationError as second:
-        names = [".".join(map(str, loc)) for loc in wrong]
-        for item in second.errors(include_url=False):
-            for rule in item.get("ctx", {}).get("problems", []):
-                if not any(n.startswith(f) or f.startswith(f"{n}.") for f in rule.fields for n in names):
-                    yield _rule_problem(rule)
-
-
-def _rule_problem(rule: BrokenRule) -> Problem:
-    return Problem(" + ".join(rule.fields), rule.values, rule.rule, rule.remedy)
+        rules = [Problem(*rule) for item in second.errors() for rule in item.get("ctx", {}).get("problems", [])]
+    wrong = [problem.field for problem in found]
+    return found + [
+        rule
+        for rule in rules
+        if not any(w.startswith(f) or f.startswith(f"{w}.") for f in rule.field.split(" + ") for w in wrong)
+    ]
 
 
 def _rule_and_remedy(kind: str, message: str, loc: tuple[Any, ...]) -> tuple[str, str]:
-    message = message.removeprefix("Value error, ")
-    if kind == "extra_forbidden":
-        close = _closest(loc)
-        return (
-            "unknown key",
-            f"write {close}" if close else "remove it (python train_ds.py --help lists every key)",
-        )
+    name = ".".join(map(str, loc))
     if kind == "missing":
-        return "is required", f"set {'.'.join(map(str, loc))}"
+        return "is required", f"set {name}"
+    if kind == "extra_forbidden":  # the same name elsewhere, else a similar spelling
+        paths = [path for path, _ in fields(RunConfig)]
+        same = [path for path in paths if path.rsplit(".", 1)[-1] == str(loc[-1])]
+        close = (same or difflib.get_close_matches(name, paths, 1, 0.75) or [None])[0]
+        return "unknown key", f"write {close}" if close else "remove it (python train_ds.py --help lists every key)"
+    message = message.removeprefix("Value error, ")
     return message[:1].lower() + message[1:], f"see `python train_ds.py --help` on {'.'.join(map(str, loc[:2]))}"
-
-
-def _closest(loc: tuple[Any, ...]) -> str | None:
-    """The known field most like an unknown one: same last name elsewhere, else similar spelling."""
-    paths = [path for path, _ in fields(RunConfig)]
-    wanted = ".".join(map(str, loc))
-    same = [path for path in paths if path.rsplit(".", 1)[-1] == str(loc[-1])]
-    return (same or difflib.get_close_matches(wanted, paths, 1, 0.75) or [None])[0]
-
-
-def _drop(data: Any, loc: tuple[Any, ...]) -> None:
-    """Remove the field that holds `loc` (the whole field where `loc` points into a list or free mapping)."""
-    for depth, part in enumerate(loc[:2]):
-        if not isinstance(data, dict) or part not in data:
-            return
-        if depth == min(len(loc), 2) - 1:
-            del data[part]
-        else:
-            data = data[part]
-
-
-def _leaves(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in data.items():
-        if isinstance(value, dict) and not prefix:
-            yield from _leaves(value, f"{key}.")
-        else:
-            yield prefix + key, value

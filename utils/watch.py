@@ -6,7 +6,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Sequence
 
-from configs.watch import WatchConfig
+from configs.schema import WatchConfig
 
 REMEDIES = {
     "repeated": "look at samples.jsonl; raise grpo.temperature or grpo.beta, or lower optim.lr",
