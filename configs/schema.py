@@ -135,7 +135,7 @@ class OptimConfig(Section):
 
     lr: float = field(1e-4, "peak learning rate; the paper names none (GRPO: 1e-5, train_ds.py:88)", "1",
         "released code train_ds_test.py:87, the only trainer with a cross entropy", gt=0)
-    betas: tuple[Average, Average] = field((0.9, 0.95), "AdamW's averages", "1", "released code train_ds.py:96")
+    betas: tuple[Average, Average] = field((0.9, 0.95), "AdamW's decay rates", "1", "released code train_ds.py:96")
     weight_decay: float = field(0.0, "decoupled weight decay", "1", "released code train_ds.py:332", ge=0)
     warmup_steps: int = field(100, "linear warm-up from 0", "steps", "released code train_ds_test.py:315", ge=0)
     steps: int = field(720, "length of the run", "steps", "paper 4.1", ge=1)
