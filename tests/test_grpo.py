@@ -47,6 +47,7 @@ def gradients(stage: GrpoStage, prepared: Rollouts) -> tuple[Tensor, dict[str, T
 # ---- the shared prompt
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("trainable", [LORA, WHOLE], ids=["lora", "whole"])
 def test_shared_prompt_equals_full_copies(
