@@ -10,8 +10,8 @@ def test_a_slow_process_is_waited_for_beyond_the_limit_of_the_group_and_named() 
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines() == ["[0, 1] word of process 0", "lost True"], done.stdout + done.stderr
     for line in (
-        "WARNING [0] process 0 has waited 1 s for process 1 (evaluation)",
-        "WARNING [0] process 0 has waited 2 s for process 1 (a slow step)",
-        "WARNING [1] process 1 has waited 1 s for process 0 (scores)",
+        "warning [process 0]: process 0 has waited 1 s for process 1 (evaluation)",
+        "warning [process 0]: process 0 has waited 2 s for process 1 (a slow step)",
+        "warning [process 1]: process 1 has waited 1 s for process 0 (scores)",
     ):
         assert line in done.stderr, done.stderr
