@@ -21,7 +21,7 @@ folder.mkdir(parents=True, exist_ok=True)
 (folder / "attempts").open("a").write("x")
 note(folder.name.split("-")[0])
 for name in ("init_from", "sft.teacher_checkpoint"):
-    assert name not in arguments or (pathlib.Path(arguments[name]) / "config.yaml").exists(), arguments
+    assert arguments.get(name, "null") == "null" or (pathlib.Path(arguments[name]) / "config.yaml").exists(), arguments
 (folder / "final").mkdir(exist_ok=True)
 (folder / "final/config.yaml").write_text("")
 (folder / "checkpoints/step_000090").mkdir(parents=True, exist_ok=True)
@@ -32,7 +32,7 @@ MADE = {"wo_mllm": 30, "wo_cot": 50, "wo_distill": 64, "cot": 60, "crt_grpo": 70
 folder, checkpoint = pathlib.Path(arguments["eval.output_dir"]), pathlib.Path(arguments["eval.checkpoint"])
 name, seed = checkpoint.parents["checkpoints" in checkpoint.parts].name.split("-")[:2]
 note("eval_" + name)
-s4 = "eval_s4" in sys.argv[2]
+s4 = arguments.get("data.benchmark") == "avsbench_s4"
 for split in (("test",) if s4 else ("test_s", "test_u")):
     rows = []
     for row in range(12):
