@@ -69,7 +69,6 @@ class Pipeline:
         folder: of the stamps.
         processes: of a step that is `parallel`.
         lock: keeps a second run (or a command that outlived its parent) from writing the same files.
-        any_code: whether a finished step counts though files that it depends on have changed since.
         cores: the commands run on these alone; None = wherever this process may.
         quiet: whether a command's output is shown when it has ended; it is in `folder/steps/<name>.log` meanwhile.
     """
@@ -80,12 +79,11 @@ class Pipeline:
         folder: Path,
         processes: int,
         lock: IO[str],
-        any_code: bool = False,
         cores: frozenset[int] | None = None,
         quiet: bool = False,
     ) -> None:
         self.root, self.stamps, self.processes, self.lock = root, folder / "steps", processes, lock
-        self.any_code, self.cores, self.quiet = any_code, cores, quiet
+        self.cores, self.quiet = cores, quiet
         self.child: subprocess.Popen[bytes] | None = None
         self.stopped = False
         self.hashes: dict[str, str] = {}
@@ -110,7 +108,7 @@ class Pipeline:
         digest = self.hashes[step.name]
         stamps = step.stamps or self.stamps
         done, begun = stamps / f"{step.name}.json", stamps / f"{step.name}.begun"
-        if begun.is_file() and begun.read_text() != digest and not self.any_code:
+        if begun.is_file() and begun.read_text() != digest:
             shutil.rmtree(self.root / step.folder, ignore_errors=True)
         write_bytes(begun, digest.encode())
         command = self._launched(step)
@@ -129,7 +127,7 @@ class Pipeline:
         self.hashes[step.name] = digest = self._digest(step)
         path = (step.stamps or self.stamps) / f"{step.name}.json"
         stamp = json.loads(path.read_text()) if path.is_file() else {}
-        done = bool(stamp) and (self.any_code or stamp["hash"] == digest) and self._output(step).exists()
+        done = bool(stamp) and stamp["hash"] == digest and self._output(step).exists()
         if done:
             seconds = stamp["seconds"]
             began = stamp.get("began", path.stat().st_mtime - seconds)

@@ -14,20 +14,14 @@ Cores = frozenset[int] | None
 """Numbers of processor cores; None = all."""
 
 
-def run_all(
-    steps: Sequence[Step],
-    jobs: int,
-    pipeline: Callable[[Cores], Pipeline],
-    call: Callable[[Pipeline, Step], None] = Pipeline.run,
-) -> None:
+def run_all(steps: Sequence[Step], jobs: int, pipeline: Callable[[Cores], Pipeline]) -> None:
     """Run every step, in the given order where nothing speaks against it.
 
     Args:
         steps: a step that is `alone` has all cores: it begins when nothing else runs, and nothing overtakes it once
             its turn has come. One that is `leading` has its turn before all others, and may use every core.
         jobs: steps at a time.
-        pipeline: makes the one that a step runs in, on some cores.
-        call: runs a step, in a thread of its own.
+        pipeline: makes the one that a step runs in, in a thread of its own, on some cores.
 
     Raises:
         StepError: a command failed; what runs beside it is ended, to be continued by the next call.
@@ -42,7 +36,7 @@ def run_all(
                 del waiting[step.name]
                 share = idle.pop()
                 made = pipeline(None if step.alone or step.leading else share)
-                running[pool.submit(call, made, step)] = (step, made, share)
+                running[pool.submit(made.run, step)] = (step, made, share)
             for future in _ended(running):
                 idle.append(running.pop(future)[2])
                 future.result()
