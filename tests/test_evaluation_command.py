@@ -64,7 +64,8 @@ def test_a_teacher_reads_the_true_class(tiny, tmp_path, capsys):
     found = evaluate(tiny, tmp_path)
     scores = found["test_s"]["scores"]
     assert scores["n"] == 6 and scores["failed"] == []
-    assert scores["class_accuracy"] == 100 and scores["format_share"] == 100 and scores["faithful"] is None
+    # The teacher's "It is {class} [SEG]." names the class and is not the ending that the paper's format asks for.
+    assert scores["class_accuracy"] == 100 and scores["format_share"] == 0 and scores["faithful"] is None
     assert set(scores["official"]) == {"J", "F", "J&F", "n"}
     assert set(found["test_n"]["scores"]["official"]) == {"S", "n"}
     assert found["test_s"]["stage"] == "teacher" and found["test_s"]["probe"] == "none"
