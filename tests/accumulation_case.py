@@ -18,9 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.schema import RunConfig
-from model.aurora.group import pack_group
 from model.aurora.model import AuroraModel
-from model.objectives.policy import token_log_probs
 from model.stages.base import SupervisedStage
 from tests.aurora_cases import LORA, run_config, tiny_batch, tiny_model, tiny_sample
 from tests.grpo_cases import RAGGED
@@ -64,7 +62,7 @@ def group_loss(config: RunConfig, engine: nn.Module, number: int) -> Tensor:
     """Stage 3: the forward gives a GroupOutput."""
     model, batch = getattr(engine, "module", engine), tiny_batch(tiny_sample(3 * number))
     engine.eval()
-    packed = pack_group(model, batch, [torch.tensor(answer) for answer in RAGGED[:2]], 2, token_log_probs)
+    packed = model.pack_group(batch, [torch.tensor(answer) for answer in RAGGED[:2]], 2)
     output = engine(packed, model.encode(batch))
     return output.mask_logits.square().mean() - output.log_probs.sum()
 

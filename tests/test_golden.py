@@ -189,7 +189,7 @@ def configs() -> dict[str, dict[str, Any]]:
     """Path of a shipped configuration -> all its fields; base files show in what inherits them."""
     root = ROOT / "configs"
     paths = sorted([*root.glob("*.yaml"), *root.glob("lean/*.yaml"), *root.glob("mini/*.yaml")])
-    runs = [path for path in paths if path.stem != "base"]
+    runs = [path for path in paths if path.stem not in ("base", "ablations")]
     return {str(path.relative_to(ROOT)): load_config(path).model_dump(mode="json") for path in runs}
 
 
