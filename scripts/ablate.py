@@ -4,13 +4,10 @@
     python scripts/ablate.py --table all --seeds 3 --jobs 2 --docs docs/ablations_mini.md
     python scripts/ablate.py --table 2 --scale paper --dry-run      # the runs with estimated GPU-hours
     python scripts/ablate.py --table 2 --scale paper --print-commands   # each run as a job of its own
-    python scripts/ablate.py --table 4 --only cot-s0-1a2b3c4d5e     # one run; what it needs must have finished
-    python scripts/ablate.py --table 4 --report                     # tables of what has finished, no run
 
 Rows and runs are declared in configs/ablations.yaml. A run's folder is named by a hash of its resolved configuration,
 of the runs it builds upon and its seed: what rows share is made once, a changed value makes exactly the runs that
-depend on it anew, a finished run is not made again, an interrupted one continues. Results: <out>/table_<N>.{md,json}
-(utils.report.ablations.py).
+depend on it anew, a finished run is not made again, an interrupted one continues. Results: <out>/table_<N>.{md,json}.
 """
 
 from __future__ import annotations
@@ -146,7 +143,8 @@ class Plan:
         # The key holds the names of the runs it needs, not their paths: results may be moved to another --out.
         names = {name: run.folder.name for name, run in parents.items()}
         config = load_config(path, [f"seed={seed}", *_filled(fields, names)])
-        settings = json.dumps([_dump(config), sorted(run.key for run in parents.values())], sort_keys=True)
+        fields = config.model_dump(mode="json", exclude=NO_MATTER)
+        settings = json.dumps([fields, sorted(run.key for run in parents.values())], sort_keys=True)
         key = _hash(settings)
         kind = kind if checkpoint is None else f"{kind}_{PLACE.findall(checkpoint)[0]}"
         folder = self.out / f"{kind}-s{seed}-{key}"
@@ -169,7 +167,8 @@ class Plan:
         settings = [words, *(run.key for run in parents.values())]
         if "--config" in words:
             overrides = [word for word in words if re.match(r"[a-z_.]+=", word)]
-            settings.append(_dump(load_config(words[words.index("--config") + 1], overrides)))
+            config = load_config(words[words.index("--config") + 1], overrides)
+            settings.append(config.model_dump(mode="json", exclude=NO_MATTER))
         key = _hash(json.dumps(settings, sort_keys=True))
         shared = "{folder}" not in text  # data that is made once for all
         folder = Path(words[words.index("--out") + 1]) if shared else self.out / f"{kind}-s{seed}-{key}"
@@ -434,11 +433,9 @@ def _print_commands(plan: Plan, done: Mapping[str, float], options: argparse.Nam
             print(f"python scripts/ablate.py {shlex.join(words)} --only {name}")
 
 
-def _options(
-    arguments: list[str] | None, tables: Mapping[str, Table], declared: Mapping[str, Any]
-) -> argparse.Namespace:
+def _options(arguments: list[str] | None, tables: Mapping[str, Table], declared: Mapping) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add, what = parser.add_argument, parser.add_mutually_exclusive_group()
     add("--table", required=True, choices=[*tables, "all"], help="of the paper, or a study of ours")
     add("--scale", choices=("mini", "paper"), default="mini", help="default: %(default)s")
     add("--seeds", type=int, default=1, help="this many, from 0 (default: %(default)s)")
@@ -447,10 +444,9 @@ def _options(
     add("--out", type=Path, help="default: runs/ablations/<scale>")
     add("--any-code", action="store_true", help="finished runs count though the code has changed since")
     add("--docs", type=Path, help="also write all tables asked for into this Markdown file")
-    what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="print the runs with estimated GPU-hours")
     what.add_argument("--print-commands", action="store_true", help="print a command for each run, for a cluster")
-    what.add_argument("--only", metavar="RUN", help="one of the runs")
+    what.add_argument("--only", metavar="RUN", help="one of the runs; what it needs must have finished")
     what.add_argument("--report", action="store_true", help="write the tables from what has finished")
     options = parser.parse_args(arguments)
     if options.num_gpus is None:
@@ -482,10 +478,6 @@ def _alike(a: Run, b: Run) -> bool:
     return one == other
 
 
-def _stamp(run: Run) -> Path:
-    return run.folder.parent / "steps" / f"{run.name}.json"
-
-
 def _digest(run: Run, needed: list[str]) -> str:
     """Hash of all that a run's result depends on: command, configuration, code, and the digests of what it needs."""
     command = run.command if run.config is None else run.command[0]  # its overrides stand in the settings
@@ -496,8 +488,8 @@ def _digest(run: Run, needed: list[str]) -> str:
     return digest.hexdigest()
 
 
-def _dump(config: RunConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json", exclude=NO_MATTER)
+def _stamp(run: Run) -> Path:
+    return run.folder.parent / "steps" / f"{run.name}.json"
 
 
 def _hash(text: str) -> str:

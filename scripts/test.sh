@@ -33,7 +33,7 @@ export XDG_CACHE_HOME="$scratch" XDG_CONFIG_HOME="$scratch" TRITON_HOME="$scratc
 
 # Two test processes of one thread each: more threads would contend for the cores.
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-echo "test: $(nproc) cores, $(df -Pm "${TMPDIR:-/tmp}" | awk 'NR == 2 {print $4}') MB free in ${TMPDIR:-/tmp}"
+echo "test: $(nproc --all) cores, $(df -Pm "${TMPDIR:-/tmp}" | awk 'NR == 2 {print $4}') MB free in ${TMPDIR:-/tmp}"
 python -c 'import importlib.metadata as m, platform; print("test: Python", platform.python_version(), *(
     f"{p} {m.version(p)}" for p in "torch torchvision transformers deepspeed peft numpy".split()), sep=", ")'
 without_browser=()
