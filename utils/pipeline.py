@@ -152,11 +152,13 @@ class Pipeline:
     def _call(self, command: Sequence[str], log: Path) -> int:
         """Run a command with this interpreter's `bin` first in PATH; it ends with this process."""
         path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+        # torchrun would set the same by itself, with six lines about it on the terminal.
+        threads = {"OMP_NUM_THREADS": "1"} if "torch.distributed.run" in command else {}
         with open(log, "wb") if self.quiet else nullcontext() as kept:
             self.child = subprocess.Popen(
                 command,
                 cwd=self.root,
-                env={**os.environ, "PATH": path},
+                env={**threads, **os.environ, "PATH": path},
                 stdout=kept,
                 stderr=kept,
                 pass_fds=(self.lock.fileno(),),
