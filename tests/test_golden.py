@@ -2,7 +2,7 @@
 
     python -m tests.test_golden --renew
 
-computes everything anew, prints what moved and records it; values within the tolerance stay as they were recorded. Do
+computes everything anew, prints what moved and records it; a part of which nothing moved stays as it was recorded. Do
 that in the commit that is meant to move them, and say there why.
 
 | part | what | tolerance |
@@ -50,14 +50,19 @@ STEPS = 5
 WORLD = WorldSettings(train=4, val=0, test_s=0, test_u=0, test_n=0, train_null=1, rows_per_train_clip=4)
 CLOCK = ("tokens_per_second",)
 """What a run logs about time, besides what `tests.tiny_run.metrics` leaves out."""
+# Measured: with two threads, and with the kernels for processors without AVX, losses lie within 1.3e-5 of what is
+# recorded, gradient norms within 4e-5, the policy loss, whose terms cancel, within 9e-5. The absolute part is for what
+# only rounding makes differ from 0.
 CLOSE: dict[str, Callable[[float, float], bool]] = {
     "losses": lambda a, b: math.isclose(a, b, rel_tol=2e-4, abs_tol=2e-6),
     "log_probs": lambda a, b: math.isclose(a, b, rel_tol=0, abs_tol=1e-5),
     "metrics": lambda a, b: math.isclose(a, b, rel_tol=0, abs_tol=1e-12),
 }
-COMMON = ("optim.warmup_steps=1", f"optim.steps={STEPS}", "engine.micro_batch=4", "data.num_workers=0",
-          "data.feature_cache=memory", "log.every=1", f"log.save_every={STEPS}", "log.samples_every=0",
-          "log.tensorboard=false", "data.root={folder}/world")  # fmt: skip
+# Rates are small because Adam makes a whole step of what is only rounding: at those of the mini stages, the fifth mask
+# loss of SFT differed by 7 % between two instruction sets of one processor.
+COMMON = ("optim.lr=2e-5", "optim.warmup_steps=1", f"optim.steps={STEPS}", "data.num_workers=0", "data.num_frames=4",
+          "log.every=1", f"log.save_every={STEPS}", "log.samples_every=0", "log.tensorboard=false",
+          "data.root={folder}/world")  # fmt: skip
 COT = "data.cot=[{folder}/world/cot/train.jsonl]"
 STAGES = {
     "teacher": (COT,),
@@ -65,7 +70,7 @@ STAGES = {
     "reflective": (COT, "init_from={folder}/sft/final", "reflective.paths=[{folder}/reflective.jsonl]",
                    "reflective.standard_count=6"),
     "grpo": ("init_from={folder}/start/final", "grpo.group_size=4", "grpo.max_new_tokens=16", "grpo.temperature=1",
-             "grpo.updates_per_batch=3", "optim.steps=6", "log.save_every=6", "grpo.mask_loss_on=all",
+             "grpo.updates_per_batch=3", "optim.steps=6", "log.save_every=6", "optim.lr=1e-4", "grpo.mask_loss_on=all",
              "grpo.reward_module=tests.grpo_cases:length_reward",
              "grpo.reward_weights={format: 1, iou: 1, class: 1, length_reward: 1}"),
 }  # fmt: skip
@@ -78,7 +83,7 @@ RUNS = (*STAGES, "teacher" + TWO, "grpo" + TWO)
 
 def train_all(folder: Path, *overrides: str) -> None:
     """Every run of RUNS into a folder of its name. Each process is a fork of this one, which has imported all."""
-    import_module("librosa.core")  # librosa loads it at first use, for seconds
+    import_module("librosa.core.audio")  # librosa loads it at first use, for seconds
     make_mini_world(folder / "world", WORLD, progress=False)
     write_reflective(folder)
     write_base(folder / "base")
@@ -248,17 +253,6 @@ def test_a_difference_is_named_and_a_new_field_is_none() -> None:
     ]  # fmt: skip
 
 
-def renewed(part: str, recorded: Any, found: Any) -> Any:
-    """`found`, but for values that are recorded within the tolerance."""
-    if isinstance(found, dict):
-        old = recorded if isinstance(recorded, dict) else {}
-        return {key: renewed(part, old.get(key), value) for key, value in found.items()}
-    if isinstance(found, list):
-        old = recorded if isinstance(recorded, list) and len(recorded) == len(found) else [None] * len(found)
-        return [renewed(part, one, value) for one, value in zip(old, found, strict=True)]
-    return recorded if same(part, recorded, found) else found
-
-
 def renew() -> None:
     """Record the numbers of today, and print what moved."""
     before = json.loads(GOLDEN.read_text(encoding="utf-8")) if GOLDEN.exists() else {}
@@ -267,9 +261,10 @@ def renew() -> None:
     for part, compute in PARTS.items():
         found = compute()
         old, now = dict(leaves(before.get(part))), dict(leaves(found))
-        for path in [p for p in {**old, **now} if p not in old or p not in now or not same(part, old[p], now[p])]:
+        different = [p for p in {**old, **now} if p not in old or p not in now or not same(part, old[p], now[p])]
+        for path in different:
             print(f"{part}/{'/'.join(path)}: {old.get(path, 'absent')!r} -> {now.get(path, 'absent')!r}")
-        after[part] = renewed(part, before.get(part), found)
+        after[part] = found if different else before[part]
     GOLDEN.write_text(dumped(after) + "\n", encoding="utf-8")
 
 
