@@ -79,7 +79,7 @@ def build_loader(
     """
     if workers > 0:
         atexit.register(end_workers)
-        import_module("librosa.core")  # librosa loads it at first use: once here, not once in every forked worker
+        import_module("librosa.core.audio")  # loaded at first use: once here, not once in every forked worker
     return ClipLoader(
         dataset,
         batch_size=batch_size,
