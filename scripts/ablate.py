@@ -143,8 +143,8 @@ class Plan:
         # The key holds the names of the runs it needs, not their paths: results may be moved to another --out.
         names = {name: run.folder.name for name, run in parents.items()}
         config = load_config(path, [f"seed={seed}", *_filled(fields, names)])
-        fields = config.model_dump(mode="json", exclude=NO_MATTER)
-        settings = json.dumps([fields, sorted(run.key for run in parents.values())], sort_keys=True)
+        resolved = config.model_dump(mode="json", exclude=NO_MATTER)
+        settings = json.dumps([resolved, sorted(run.key for run in parents.values())], sort_keys=True)
         key = _hash(settings)
         kind = kind if checkpoint is None else f"{kind}_{PLACE.findall(checkpoint)[0]}"
         folder = self.out / f"{kind}-s{seed}-{key}"
