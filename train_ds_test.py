@@ -93,7 +93,7 @@ def run(config: RunConfig, stage: str) -> dict[str, Any]:
     from dataset.collate import build_loader
     from dataset.cot import read_cot
     from dataset.media import read_frames
-    from dataset.mini_language import chain_is_faithful
+    from dataset.mini.language import chain_is_faithful
     from dataset.prompt import NEED_REASONING, load_tokenizer
     from dataset.references import build_prompts
     from model.aurora.build import build_model

@@ -26,16 +26,8 @@ import torch  # noqa: E402 - the project's root must be on the path first
 from torch import Tensor  # noqa: E402
 
 from dataset.prompt import load_tokenizer  # noqa: E402
-from model.sam import SAM_SIZES, build_segmenter  # noqa: E402
-from model.sam_weights import (  # noqa: E402
-    POSITION_TABLE,
-    position_tables,
-    read_sam_file,
-    recognise,
-    sam_problems,
-)
-from model.videollama2.config import RELEASED, VideoLlama2Config  # noqa: E402
-from model.videollama2.names import (  # noqa: E402
+from model.backbones.videollama2.config import RELEASED, VideoLlama2Config  # noqa: E402
+from model.backbones.videollama2.names import (  # noqa: E402
     COMPONENTS,
     TABLE,
     KeyCheck,
@@ -44,8 +36,16 @@ from model.videollama2.names import (  # noqa: E402
     moved_component,
     released_keys,
 )
-from model.videollama2.shards import Checkpoint  # noqa: E402
-from model.videollama2.weights import expected_keys  # noqa: E402
+from model.backbones.videollama2.shards import Checkpoint  # noqa: E402
+from model.backbones.videollama2.weights import expected_keys  # noqa: E402
+from model.segmenters.sam import SAM_SIZES, build_segmenter  # noqa: E402
+from model.segmenters.sam_weights import (  # noqa: E402
+    POSITION_TABLE,
+    position_tables,
+    read_sam_file,
+    recognise,
+    sam_problems,
+)
 from utils.errors import AuroraError  # noqa: E402
 from utils.tables import format_table  # noqa: E402
 

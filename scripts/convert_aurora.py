@@ -23,9 +23,9 @@ from dataset.prompt import load_tokenizer  # noqa: E402
 from model.aurora.convert import ConversionReport, convert, read_published  # noqa: E402
 from model.aurora.meta import build_meta_model  # noqa: E402
 from model.aurora.trained import Trained, check_fit, write_trained  # noqa: E402
-from model.sam import SAM_SIZES  # noqa: E402
-from model.sam_weights import read_sam_file, refuse_sam, resample_position_tables  # noqa: E402
-from model.videollama2.shards import Checkpoint  # noqa: E402
+from model.backbones.videollama2.shards import Checkpoint  # noqa: E402
+from model.segmenters.sam import SAM_SIZES  # noqa: E402
+from model.segmenters.sam_weights import read_sam_file, refuse_sam, resample_position_tables  # noqa: E402
 from utils.config import load_config, save_config  # noqa: E402
 from utils.errors import AuroraError, WeightsError  # noqa: E402
 from utils.results import write_json  # noqa: E402

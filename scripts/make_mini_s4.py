@@ -24,7 +24,7 @@ import soundfile
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.avsbench import SPLITS  # noqa: E402 - the project's root must be on the path first
-from dataset.mini_scene import SAMPLE_RATE, Scene, make_scene, render_audio, render_frames  # noqa: E402
+from dataset.mini.scene import SAMPLE_RATE, Scene, make_scene, render_audio, render_frames  # noqa: E402
 
 FRAMES = 5
 LABEL = "v1s"

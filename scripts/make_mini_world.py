@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.mini_world import WorldSettings, make_mini_world
+from dataset.mini.world import WorldSettings, make_mini_world
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ from utils.results import write_json  # noqa: E402
 from utils.schedule import Cores, elapsed, run_all  # noqa: E402
 
 DATA = "data/mini"
-WORLD_CODE = ("dataset/mini_*.py", "scripts/make_mini_world.py")
+WORLD_CODE = ("dataset/mini/*.py", "scripts/make_mini_world.py")
 CODE = ("dataset/*.py", "model/**/*.py", "assets/mini_base/*", "utils/types.py", "utils/answers.py")
 TRAIN_CODE = (*CODE, "train_ds.py", "utils/engine.py", "utils/seed.py")
 EVAL_CODE = (*CODE, "train_ds_test.py", "utils/evaluation.py", "utils/metrics*.py", "utils/scoring.py")

@@ -12,8 +12,8 @@ from configs.schema import RunConfig, TrainableConfig
 from model.aurora.adapters import apply_trainable
 from model.aurora.features import FeatureCache
 from model.aurora.model import AuroraModel
-from model.sam import SamSizes, Segmenter, assemble_sam
-from model.videollama2.weights import load_backbone
+from model.backbones.videollama2.weights import load_backbone
+from model.segmenters.sam import SamSizes, Segmenter, assemble_sam
 from utils.types import VIDEO_PLACEHOLDER, Batch, Sample
 
 BASE = Path(__file__).parent / "fixtures" / "videollama2_av_tiny"

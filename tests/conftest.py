@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.videollama2.backbone import VideoLlama2
-from model.videollama2.weights import load_backbone
+from model.backbones.videollama2.backbone import VideoLlama2
+from model.backbones.videollama2.weights import load_backbone
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TINY = FIXTURES / "videollama2_av_tiny"

@@ -18,8 +18,8 @@ from dataset.annotate.gates import problems_of_reasoning, reasoning_gate, tidy
 from dataset.annotate.mini import mark_changes
 from dataset.annotate.prompts import fill, read_template
 from dataset.cot import read_cot
-from dataset.mini_language import chain_is_faithful
-from dataset.mini_world import WorldSettings, make_mini_world
+from dataset.mini.language import chain_is_faithful
+from dataset.mini.world import WorldSettings, make_mini_world
 from dataset.refavs import RefAvsIndex, Row, Split
 from dataset.reflective import read_reflective
 from scripts import analyze_failures, build_reflective, correct_paths, generate_cot

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from model.videollama2.config import LanguageConfig, VideoLlama2Config
-from model.videollama2.weights import load_backbone
+from model.backbones.videollama2.config import LanguageConfig, VideoLlama2Config
+from model.backbones.videollama2.weights import load_backbone
 
 
 @pytest.fixture

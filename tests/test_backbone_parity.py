@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.videollama2.backbone import VideoLlama2
-from model.videollama2.splice import splice
-from model.videollama2.weights import from_released, load_backbone
+from model.backbones.videollama2.backbone import VideoLlama2
+from model.backbones.videollama2.splice import splice
+from model.backbones.videollama2.weights import from_released, load_backbone
 from utils.types import MediaFeatures, PackedInputs
 
 SEG = 599

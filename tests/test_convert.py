@@ -21,7 +21,7 @@ from model.aurora.build import build_model
 from model.aurora.convert import TARGETS, our_name, published_name, read_published
 from model.aurora.model import AuroraModel
 from model.aurora.trained import read_trained
-from model.videollama2.weights import load_backbone
+from model.backbones.videollama2.weights import load_backbone
 from scripts.convert_aurora import REPORT, main
 from tests.aurora_cases import BASE, SAM_SIDE, stir, tiny_batch, tiny_sample, tiny_segmenter
 from tests.aurora_cases import SAM as SIZES

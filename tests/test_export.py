@@ -23,8 +23,8 @@ from model.aurora.export import ADAPTER, DECODER, HEAD, REST, SAM, SAM_JSON
 from model.aurora.inference import predict
 from model.aurora.model import AuroraModel
 from model.aurora.trained import SETTINGS, check_fit, load_trained, read_trained, save_trained
-from model.sam import build_segmenter
-from model.videollama2.weights import load_backbone
+from model.backbones.videollama2.weights import load_backbone
+from model.segmenters.sam import build_segmenter
 from scripts.export import export, exported_config, main
 from tests.aurora_cases import BASE, LORA, SAM_SIDE, SEG, WHOLE, stir, three_clips, tiny_model, tiny_segmenter
 from tests.aurora_cases import SAM as SIZES

@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save_file
 
 import dataset.build  # noqa: F401 - train_ds.py imports it late; here it is imported once for all runs
 import train_ds
-from dataset.mini_world import WorldSettings, make_mini_world
+from dataset.mini.world import WorldSettings, make_mini_world
 from dataset.prompt import load_tokenizer
 from tests.aurora_cases import tiny_model
 from tests.grpo_cases import RAGGED, two_clips

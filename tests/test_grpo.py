@@ -11,9 +11,9 @@ from torch import Tensor
 
 from configs.schema import TrainableConfig
 from model.aurora.model import AuroraModel
+from model.backbones.videollama2.backbone import VideoLlama2
 from model.objectives import policy
 from model.stages.grpo import GrpoStage, Rollouts
-from model.videollama2.backbone import VideoLlama2
 from tests.aurora_cases import (
     LORA,
     SEG,

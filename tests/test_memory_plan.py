@@ -16,10 +16,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from configs.schema import EngineConfig, TrainableConfig
 from model.aurora.meta import build_meta_model
 from model.aurora.model import AuroraModel
+from model.backbones.videollama2.config import RELEASED
 from model.objectives.mask import mask_losses
-from model.sam import build_segmenter
+from model.segmenters.sam import build_segmenter
 from model.stages.base import build_stage
-from model.videollama2.config import RELEASED
 from scripts.plan_memory import (
     DECODER_FROZEN,
     DECODER_TRAINED,

@@ -10,8 +10,8 @@ import torch
 from tokenizers import Tokenizer
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from dataset.mini_language import place
-from dataset.mini_scene import Scene
+from dataset.mini.language import place
+from dataset.mini.scene import Scene
 from scripts.dev.mini_base.corpus import SYSTEM, Branch, place_drill, random_scene, tree
 from scripts.dev.mini_base.reading import TextTasks, pretrain_places, whole_answers
 from scripts.dev.mini_base.tokens import PackedTree, TreePacker

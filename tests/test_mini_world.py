@@ -11,9 +11,9 @@ import cv2
 import numpy as np
 import pytest
 
-from dataset import mini_language as language
-from dataset import mini_scene as scenes
-from dataset.mini_world import WorldSettings, make_mini_world
+from dataset.mini import language as language
+from dataset.mini import scene as scenes
+from dataset.mini.world import WorldSettings, make_mini_world
 from dataset.refavs import RefAvsIndex
 
 SMALL = WorldSettings(train=6, val=2, test_s=4, test_u=3, test_n=2, train_null=2)

@@ -22,7 +22,7 @@ from model.aurora.inference import predict
 from model.aurora.model import AuroraModel
 from model.aurora.prompter import LearnableTokens, TextPrompter, load_text_encoder
 from model.aurora.trained import load_trained, save_trained
-from model.videollama2.weights import load_backbone
+from model.backbones.videollama2.weights import load_backbone
 from tests.aurora_cases import BASE, SEG, StubTokenizer, stir, three_clips, tiny_batch, tiny_sample, tiny_segmenter
 from tests.data_builders import write_tokenizer
 from tests.tiny_run import ROOT, environment, make_tiny_run, metrics, train

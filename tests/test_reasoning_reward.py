@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataset import mini_language as language
-from dataset import mini_scene as scenes
+from dataset.mini import language as language
+from dataset.mini import scene as scenes
 from model.objectives.rewards import Judged, load_rewards, score
 from tests.aurora_cases import tiny_sample
 from utils.config import load_config
@@ -43,11 +43,11 @@ def test_the_shipped_config_rewards_right_reasoning() -> None:
 def test_a_weight_of_zero_draws_the_curve_alone() -> None:
     weights = {"format": 1.0, "faithful": 0.0}
     answers = [judged("It is [SEG].", {"things": [], "sounds": [], "target": None}, "the dog", "dog")]
-    found = score(answers, load_rewards(weights, "dataset.reasoning_reward"), weights)
+    found = score(answers, load_rewards(weights, "dataset.mini.reward"), weights)
     assert found.total.tolist() == [1.0] and found.parts["faithful"].tolist() == [0.0]
 
 
 def test_data_without_the_truth_are_refused() -> None:
-    rewards = load_rewards({"faithful": 1.0}, "dataset.reasoning_reward:faithful")
+    rewards = load_rewards({"faithful": 1.0}, "dataset.mini.reward:faithful")
     with pytest.raises(DataError, match=r"row 0 .* needs the true chain"):
         score([judged("It is [SEG].", None, "the dog", "dog")], rewards, {"faithful": 1.0})

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.objectives.mask import mask_bce, mask_dice, mask_losses
-from model.sam import (
+from model.segmenters.sam import (
     PIXEL_MEAN,
     PIXEL_STD,
     SAM_SIZES,
@@ -24,7 +24,7 @@ from model.sam import (
     assemble_sam,
     build_segmenter,
 )
-from model.sam_weights import resample_grid, resample_relative
+from model.segmenters.sam_weights import resample_grid, resample_relative
 from utils.errors import ConfigError, WeightsError
 
 FIXTURE = Path(__file__).parent / "fixtures" / "videollama2_av_tiny" / "lisa_head"
@@ -185,7 +185,7 @@ def test_encode_is_chunked_frozen_and_of_the_stock_encoder(monkeypatch: pytest.M
     assert whole.shape == (2, 3, 32, 4, 4) and not whole.requires_grad
     stock = segmenter.sam.image_encoder(pixels.flatten(0, 1))
     torch.testing.assert_close(whole.flatten(0, 1), stock, atol=1e-6, rtol=0)
-    monkeypatch.setattr("model.sam.ATTENTION_VALUES", 1)
+    monkeypatch.setattr("model.segmenters.sam.ATTENTION_VALUES", 1)
     assert segmenter.frames_per_chunk == 1
     torch.testing.assert_close(segmenter.encode(pixels), whole, atol=1e-5, rtol=0)
 

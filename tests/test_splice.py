@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.videollama2.backbone import VideoLlama2
-from model.videollama2.config import BeatsConfig, LanguageConfig, VideoLlama2Config, VisionConfig
-from model.videollama2.splice import splice
+from model.backbones.videollama2.backbone import VideoLlama2
+from model.backbones.videollama2.config import BeatsConfig, LanguageConfig, VideoLlama2Config, VisionConfig
+from model.backbones.videollama2.splice import splice
 from utils.types import AUDIO_PLACEHOLDER, IGNORE, VIDEO_PLACEHOLDER, MediaFeatures, PackedInputs
 
 SEG = 99

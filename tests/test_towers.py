@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dataset.fbank import kaldi_fbank
-from model.videollama2.audio_tower import AudioTower
-from model.videollama2.backbone import VideoLlama2
-from model.videollama2.beats import BeatsEncoder, WeightNormConv, relative_buckets
-from model.videollama2.config import BeatsConfig, LanguageConfig, VideoLlama2Config, VisionConfig
-from model.videollama2.vision_tower import VisionTower
-from model.videollama2.weights import load_backbone
+from model.backbones.videollama2.audio_tower import AudioTower
+from model.backbones.videollama2.backbone import VideoLlama2
+from model.backbones.videollama2.beats import BeatsEncoder, WeightNormConv, relative_buckets
+from model.backbones.videollama2.config import BeatsConfig, LanguageConfig, VideoLlama2Config, VisionConfig
+from model.backbones.videollama2.vision_tower import VisionTower
+from model.backbones.videollama2.weights import load_backbone
 
 TOLERANCE = 2e-5
 """Stated for tower outputs (float32, CPU)."""

@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from model.sam import SamSizes, build_segmenter
+from model.segmenters.sam import SamSizes, build_segmenter
 from tests.conftest import TINY
 from tests.data_builders import ROWS, write_lines, write_tokenizer, write_world
 

@@ -151,7 +151,7 @@ class MediaFeatures:
 
 @dataclass
 class PackedInputs:
-    """Text and media positions of a whole batch, aligned. Made by `model.videollama2.splice`; holds no features."""
+    """Text and media positions of a whole batch, aligned. Made by the backbone's splice; holds no features."""
 
     token_ids: Tensor
     """int64 [B,S]: text ids; 0 at media and padding positions."""

@@ -13,8 +13,8 @@ import numpy as np
 
 from dataset.annotate.backends import Reply, Request
 from dataset.annotate.prompts import Style
-from dataset.mini_language import NULL_KIND, Question, clause, place, questions, reasoning
-from dataset.mini_scene import CLASSES, COLOURS, Scene, Thing
+from dataset.mini.language import NULL_KIND, Question, clause, place, questions, reasoning
+from dataset.mini.scene import CLASSES, COLOURS, Scene, Thing
 from dataset.refavs import Row
 from dataset.reflective import without_seg
 from utils.answers import parse_answer

@@ -13,8 +13,8 @@ from model.aurora.model import AuroraModel
 from model.aurora.prompter import build_prompter
 from model.aurora.sampling import read_generation_defaults
 from model.aurora.trained import load_mask_decoder, load_trained, read_trained
-from model.sam import build_segmenter
-from model.videollama2.weights import load_backbone
+from model.backbones.videollama2.weights import load_backbone
+from model.segmenters.sam import build_segmenter
 from utils.errors import ConfigError, Problem
 
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -30,8 +30,8 @@ from torch import Tensor
 from configs.schema import TrainableConfig
 from model.aurora.adapters import MASK_DECODER, NO_GRADIENT, SEG_HEAD
 from model.aurora.trained import Trained
-from model.videollama2.names import from_released, to_released
-from model.videollama2.shards import Checkpoint
+from model.backbones.videollama2.names import from_released, to_released
+from model.backbones.videollama2.shards import Checkpoint
 from utils.tensor_files import TensorFileError, load_pickle
 
 BACKBONE = "backbone."

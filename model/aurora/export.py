@@ -42,8 +42,8 @@ from model.aurora.trained import (
     read_trained,
     trained_names,
 )
-from model.sam import SAM_SIZES, build_segmenter
-from model.videollama2.weights import load_backbone, save_state
+from model.backbones.videollama2.weights import load_backbone, save_state
+from model.segmenters.sam import SAM_SIZES, build_segmenter
 from utils.errors import WeightsError
 from utils.manifest import file_digest
 from utils.tensor_files import load_safetensors, read_json, save_safetensors

@@ -11,9 +11,9 @@ from model.aurora.adapters import MASK_DECODER, apply_trainable, freeze
 from model.aurora.build import PRECISION
 from model.aurora.model import AuroraModel
 from model.aurora.prompter import build_prompter
-from model.sam import build_segmenter
-from model.videollama2.backbone import VideoLlama2
-from model.videollama2.config import CONFIG_NAME, RELEASED, VideoLlama2Config
+from model.backbones.videollama2.backbone import VideoLlama2
+from model.backbones.videollama2.config import CONFIG_NAME, RELEASED, VideoLlama2Config
+from model.segmenters.sam import build_segmenter
 
 RELEASED_SEG_ID = 151646
 """Id of [SEG] on the released tokenizer: the first after its 151,646 tokens."""

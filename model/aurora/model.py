@@ -26,10 +26,10 @@ from model.aurora.features import FeatureCache
 from model.aurora.prompter import Prompter
 from model.aurora.sampling import GenerationDefaults
 from model.aurora.shared_prompt import ATTENTION, score_answers
+from model.backbones.videollama2.backbone import VideoLlama2
+from model.backbones.videollama2.splice import splice
 from model.objectives.policy import token_log_probs
-from model.sam import Segmenter
-from model.videollama2.backbone import VideoLlama2
-from model.videollama2.splice import splice
+from model.segmenters.sam import Segmenter
 from utils.guards import check_logits
 from utils.types import IGNORE, AuroraOutput, Batch, GroupInputs, GroupOutput, MediaFeatures, PackedInputs
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection
 
 from configs.schema import ModelConfig
-from model.videollama2.backbone import VideoLlama2
+from model.backbones.videollama2.backbone import VideoLlama2
 from utils.errors import WeightsError
 from utils.types import IGNORE, MediaFeatures, PackedInputs
 

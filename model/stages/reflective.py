@@ -16,8 +16,8 @@ from dataclasses import replace
 
 import torch
 
+from model.backbones.videollama2.splice import ignore_before
 from model.stages.base import Prepared, SupervisedStage
-from model.videollama2.splice import ignore_before
 from utils.types import Batch
 
 

@@ -24,9 +24,9 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from model.sam import SamSizes, Segmenter, assemble_sam
-from model.videollama2.backbone import VideoLlama2
-from model.videollama2.config import VideoLlama2Config
+from model.backbones.videollama2.backbone import VideoLlama2
+from model.backbones.videollama2.config import VideoLlama2Config
+from model.segmenters.sam import SamSizes, Segmenter, assemble_sam
 from scripts.dev.mini_base import perception, reading
 from scripts.dev.mini_base.corpus import pretraining_text
 from scripts.dev.mini_base.tokens import TreePacker, train_tokenizer
@@ -160,7 +160,7 @@ def load_part(name: str, part: torch.nn.Module, path: Path) -> None:
 
 def save(out: Path, work: Path, model: VideoLlama2, segmenter: Segmenter) -> None:
     """Write the released layout in float16 (half the size; loaded in the precision of the run)."""
-    from model.videollama2.weights import save_backbone
+    from model.backbones.videollama2.weights import save_backbone
 
     building = out.with_name(out.name + ".building")
     shutil.rmtree(building, ignore_errors=True)

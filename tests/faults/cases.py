@@ -17,7 +17,7 @@ from typing import Any
 import train_ds
 import train_ds_test
 from dataset.cot import numbered_lines
-from dataset.mini_world import WorldSettings, make_mini_world
+from dataset.mini.world import WorldSettings, make_mini_world
 from scripts import build_reflective, correct_paths, mine_failures
 
 ROOT = Path(__file__).resolve().parents[2]

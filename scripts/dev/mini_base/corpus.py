@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dataset import mini_language as language
-from dataset import mini_scene as scenes
+from dataset.mini import language as language
+from dataset.mini import scene as scenes
 
 DESCRIBE = "Describe the video and the audio."
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from dataset import mini_scene as scenes
+from dataset.mini import scene as scenes
 from dataset.fbank import kaldi_fbank
-from model.sam import Segmenter
-from model.videollama2.backbone import VideoLlama2
+from model.backbones.videollama2.backbone import VideoLlama2
+from model.segmenters.sam import Segmenter
 from scripts.dev.mini_base.corpus import random_scene
 
 CLASSES, COLOURS = scenes.CLASSES, tuple(scenes.COLOURS)

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from dataset.mini_language import KINDS
-from model.videollama2.backbone import VideoLlama2
+from dataset.mini.language import KINDS
+from model.backbones.videollama2.backbone import VideoLlama2
 from scripts.dev.mini_base.corpus import Branch, place_drill, random_scene, recall_exercise, tree
 from scripts.dev.mini_base.perception import Bank, _adamw, _step, schedule, vision_pixels
 from scripts.dev.mini_base.tokens import PackedTree, TreePacker

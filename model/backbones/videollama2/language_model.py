@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
-from model.videollama2.config import VideoLlama2Config
+from model.backbones.videollama2.config import VideoLlama2Config
 
 ATTENTION = ("eager", "sdpa")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.videollama2.config import VideoLlama2Config
+from model.backbones.videollama2.config import VideoLlama2Config
 
 DEPTH = 4
 """Bottlenecks per stage (projector.py: depth=4)."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.videollama2.beats import BeatsEncoder
-from model.videollama2.config import VideoLlama2Config
+from model.backbones.videollama2.beats import BeatsEncoder
+from model.backbones.videollama2.config import VideoLlama2Config
 
 
 class AudioTower(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from model.videollama2.config import BeatsConfig
+from model.backbones.videollama2.config import BeatsConfig
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """Reward for right reasoning, where the true chain is known (the mini world).
 
     grpo:
-      reward_module: dataset.reasoning_reward
+      reward_module: dataset.mini.reward
       reward_weights: {format: 1.0, iou: 1.0, class: 1.0, faithful: 1.0}   # 0.0 draws the curve without rewarding it
 
 The paper's three rewards do not look at the reasoning: an answer that guesses its steps and names the right class gets
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from dataset.mini_language import chain_is_faithful
+from dataset.mini.language import chain_is_faithful
 from utils.errors import DataError
 from utils.types import Sample
 

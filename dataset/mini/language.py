@@ -14,7 +14,7 @@ from functools import partial
 
 import numpy as np
 
-from dataset.mini_scene import CLASSES, COLOURS, COLUMNS, Scene, Thing
+from dataset.mini.scene import CLASSES, COLOURS, COLUMNS, Scene, Thing
 
 KINDS = ("visual", "spatial", "audio", "temporal", "audio_spatial")
 NULL_KIND = "null"

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.videollama2.audio_tower import AudioTower
-from model.videollama2.config import VideoLlama2Config
-from model.videollama2.connector import STCConnector
-from model.videollama2.language_model import build_language_model
-from model.videollama2.vision_tower import VisionTower
+from model.backbones.videollama2.audio_tower import AudioTower
+from model.backbones.videollama2.config import VideoLlama2Config
+from model.backbones.videollama2.connector import STCConnector
+from model.backbones.videollama2.language_model import build_language_model
+from model.backbones.videollama2.vision_tower import VisionTower
 from utils.types import MediaFeatures, PackedInputs
 
 
 class VideoLlama2(nn.Module):
-    """The backbone with random weights; `model.videollama2.weights.load_backbone` fills it from a checkpoint.
+    """The backbone with random weights; `model.backbones.videollama2.weights.load_backbone` fills it from a checkpoint.
 
     Whether a part is trained is the caller's affair: nothing here runs under no_grad, and a part whose parameters do
     not require gradients records none.

@@ -1,6 +1,6 @@
 """SAM's weight files: read safely, compared key by key, position tables resampled to another image size.
 
-Pure functions on state dicts; `model.sam` builds the module that they are for.
+Pure functions on state dicts; `model.segmenters.sam` builds the module that they are for.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RELATIVE_TABLE = "image_encoder.blocks.{}.attn.rel_pos_{}"
 
 
 class Sizes(Protocol):
-    """What is needed of `model.sam.SamSizes`."""
+    """What is needed of `model.segmenters.sam.SamSizes`."""
 
     encoder_width: int
     encoder_depth: int

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from model.videollama2.config import VideoLlama2Config
+from model.backbones.videollama2.config import VideoLlama2Config
 
 
 class VisionTower(nn.Module):

@@ -27,8 +27,8 @@ import cv2
 import numpy as np
 import soundfile
 
-from dataset import mini_language as language
-from dataset import mini_scene as scenes
+from dataset.mini import language as language
+from dataset.mini import scene as scenes
 from utils.progress import counted
 
 _SPLIT_CODES = {"train": 1, "val": 2, "test_s": 3, "test_u": 4, "test_n": 5}

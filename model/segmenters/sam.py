@@ -23,7 +23,7 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.sam_weights import read_sam_file, refuse_sam, resample_position_tables
+from model.segmenters.sam_weights import read_sam_file, refuse_sam, resample_position_tables
 from utils.errors import ConfigError, Problem
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)

@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.videollama2.backbone import VideoLlama2
-from model.videollama2.config import CONFIG_NAME, VideoLlama2Config
-from model.videollama2.names import TABLE, KeyCheck, check_keys, from_released, moved_component, to_released
-from model.videollama2.shards import INDEX_SAFE, SINGLE_SAFE, Checkpoint
+from model.backbones.videollama2.backbone import VideoLlama2
+from model.backbones.videollama2.config import CONFIG_NAME, VideoLlama2Config
+from model.backbones.videollama2.names import TABLE, KeyCheck, check_keys, from_released, moved_component, to_released
+from model.backbones.videollama2.shards import INDEX_SAFE, SINGLE_SAFE, Checkpoint
 from utils.tensor_files import TensorFileError, save_safetensors
 
 OWN_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")

@@ -1,0 +1,1 @@
+"""Mask models that a [SEG] feature can prompt, one file each."""
