@@ -33,7 +33,7 @@ from scripts.dev.random_run import infer, random_batch, random_model, train  # n
 from scripts.plan_memory import GB, Machine, Workload, make_plan  # noqa: E402
 from utils import distributed  # noqa: E402
 from utils.config import load_config  # noqa: E402
-from utils.results import write_bytes, write_json  # noqa: E402
+from utils.files import write_bytes, write_json  # noqa: E402
 
 STAGES = ("teacher", "sft", "reflective", "grpo", "eval")
 DOCUMENT, RESULT = ROOT / "docs/benchmarks.md", ROOT / "runs/bench/gpu.json"

@@ -27,8 +27,8 @@ from model.backbones.videollama2.shards import Checkpoint  # noqa: E402
 from model.segmenters.sam import SAM_SIZES  # noqa: E402
 from model.segmenters.sam_weights import read_sam_file, refuse_sam, resample_position_tables  # noqa: E402
 from utils.config import load_config, save_config  # noqa: E402
-from utils.errors import AuroraError, WeightsError  # noqa: E402
-from utils.results import write_json  # noqa: E402
+from utils.errors import WeightsError, run_command  # noqa: E402
+from utils.files import write_json  # noqa: E402
 from utils.tables import format_table  # noqa: E402
 
 REPORT = "convert_report.json"
@@ -46,16 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--alpha", type=float, default=16.0, help="LoRA's alpha (default: %(default)s, as published)")
     parser.add_argument("--config", type=Path, default=ROOT / "configs/grpo.yaml", help="settings to write beside it")
     options = parser.parse_args(arguments)
-    try:
-        report = run(options)
-    except AuroraError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+    return run_command(lambda: written(options))
+
+
+def written(options: argparse.Namespace) -> None:
+    """Convert, and say where to."""
+    report = run(options)
     if report.unknown:
-        print(f"error: {len(report.unknown)} tensors have no place here; nothing was written", file=sys.stderr)
-        return 1
+        raise WeightsError(f"{len(report.unknown)} tensors have no place here; nothing was written")
     print(f"written: {options.out}")
-    return 0
 
 
 def run(options: argparse.Namespace) -> ConversionReport:

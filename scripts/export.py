@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from configs.schema import RunConfig  # noqa: E402 - the project's root must be on the path first
 from utils.config import check_paths, load_config, save_config  # noqa: E402
-from utils.errors import AuroraError, ConfigError, Problem  # noqa: E402
+from utils.errors import ConfigError, Problem, run_command  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,15 +31,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--metrics", type=Path, nargs="*", default=[], help="metrics.json files for the model card")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="stored type (default: as the run was trained)")
     options = parser.parse_args(arguments)
-    try:
-        config = exported_config(options.run, options.precision)
-        check_paths(model_alone(config))
-        export(config, options.out, options.kind, options.metrics)
-    except AuroraError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+    return run_command(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write the export."""
+    config = exported_config(options.run, options.precision)
+    check_paths(model_alone(config))
+    export(config, options.out, options.kind, options.metrics)
     print(f"{options.kind} export in {options.out}")
-    return 0
 
 
 def exported_config(run: Path, precision: str | None) -> RunConfig:

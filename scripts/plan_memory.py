@@ -30,7 +30,7 @@ from model.aurora.trained import trained_names  # noqa: E402
 from model.objectives.mask import loss_shape  # noqa: E402
 from model.objectives.policy import CHUNK  # noqa: E402
 from utils.config import load_config  # noqa: E402
-from utils.errors import AuroraError, ConfigError  # noqa: E402
+from utils.errors import ConfigError, run_command  # noqa: E402
 from utils.tables import format_table  # noqa: E402
 
 GB = 1e9
@@ -438,15 +438,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     files, overrides = [Path(x) for x in given if "=" not in x], [x for x in given if "=" in x]
     lengths = {name: getattr(options, name) for name in ("answer_tokens", "prompt_tokens", "frame_size")}
     machine = Machine(options.gpus, round(options.gpu_gb * GB), round(options.reserve_gb * GB), lengths)
-    try:
+
+    def plan() -> int:
         if not options.markdown:
             return 0 if all([report(path, overrides, machine, options.exhausted) for path in files]) else 1
         print("| config | " + " | ".join(COLUMNS) + " |\n|---" + "|---:" * len(COLUMNS) + "|")
         print("\n".join(f"| `{path}` | " + " | ".join(cells(path, overrides, machine)) + " |" for path in files))
         return 0
-    except AuroraError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+
+    return run_command(plan, failed=2)
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -45,7 +45,7 @@ from model.aurora.trained import (
 from model.backbones.videollama2.weights import load_backbone, save_state
 from model.segmenters.sam import SAM_SIZES, build_segmenter
 from utils.errors import WeightsError
-from utils.manifest import file_digest
+from utils.files import file_digest
 from utils.tensor_files import load_safetensors, read_json, save_safetensors
 
 ADAPTER, HEAD, DECODER, REST = (

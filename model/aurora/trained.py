@@ -29,7 +29,7 @@ from model.aurora.adapters import MASK_DECODER, SEG_HEAD
 from model.aurora.model import AuroraModel
 from model.aurora.prompter import QUERIES
 from utils.errors import WeightsError
-from utils.manifest import file_digest
+from utils.files import file_digest
 from utils.tensor_files import save_safetensors
 
 TENSORS = "trained.safetensors"
