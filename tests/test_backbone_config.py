@@ -43,7 +43,9 @@ def test_config_faults_are_listed_at_once(folder: Path) -> None:
     path.write_text(json.dumps(data))
     with pytest.raises(ValueError) as error:
         load_backbone(folder)
-    for part in (str(path), "vocab_size: missing", "only 'stc_connector_v35'", "hidden_size = '64'", "SigLIP",
+    for part in (str(path), "vocab_size: missing",
+                 "mm_projector_type = 'stc_connector': input should be 'stc_connector_v35'",
+                 "hidden_size = '64': input should be a valid integer", "mm_vision_tower = 'clip'", "Remedy: ",
                  "beats_config.deep_norm = False", "beats_config.widht: unknown", "mm_hidden_size = 99"):  # fmt: skip
         assert part in str(error.value)
     for text, message in (("{", "not a valid configuration"), ("[]", "must be an object")):

@@ -15,8 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.backbones.videollama2.names import check_keys, moved_component, released_keys
-from model.backbones.videollama2.weights import load_backbone
+from model.backbones.videollama2.weights import check_keys, load_backbone, moved_component, released_keys
 from model.segmenters.sam import SAM_SIZES, SamSizes, assemble_sam, build_segmenter
 from model.segmenters.sam_weights import recognise
 from scripts.check_weights import main

@@ -16,8 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.backbones.videollama2.config import LanguageConfig, VideoLlama2Config
-from model.backbones.videollama2.names import RELEASED_TABLE, TABLE, from_released, released_keys, to_released
-from model.backbones.videollama2.weights import expected_keys, load_backbone, save_backbone
+from model.backbones.videollama2.weights import (
+    RELEASED_TABLE,
+    TABLE,
+    expected_keys,
+    from_released,
+    load_backbone,
+    released_keys,
+    save_backbone,
+    to_released,
+)
 from utils import tensor_files
 from utils.tensor_files import TensorFileError, save_safetensors
 

@@ -97,7 +97,7 @@ def position_tables(global_blocks: tuple[int, ...]) -> set[str]:
 def resample_position_tables(
     state: Mapping[str, Tensor], expected: Mapping[str, Tensor], global_blocks: tuple[int, ...]
 ) -> dict[str, Tensor]:
-    """Bicubic resampling of a checkpoint's position tables to another image size, as in the published code.
+    """Bicubic resampling of a checkpoint's position tables to another image size, as in the released code.
 
     `pos_embed` [1,h,w,D] and the `rel_pos_h/w` [2h-1, D/heads] of the global blocks depend on the grid; the tables of
     windowed blocks depend on the window and are left as they are.
