@@ -21,6 +21,7 @@ from model.segmenters.sam_weights import recognise
 from scripts.check_weights import main
 from tests.conftest import TINY
 from tests.data_builders import write_tokenizer
+from tests.test_weights import Bomb
 from tests.tiny_run import ROOT, environment
 from utils.errors import WeightsError
 from utils.tensor_files import TensorFileError
@@ -146,7 +147,7 @@ def test_faults_are_named_and_the_status_is_1(
         words = r"no spare row for \[SEG\]: 600 rows, 6\d\d tokens"
     else:
         weights.unlink()
-        torch.save({"lm_head.weight": _Bomb(folder / "ran")}, folder / "pytorch_model.bin")
+        torch.save({"lm_head.weight": Bomb(folder / "ran")}, folder / "pytorch_model.bin")
         words = "pytorch_model.bin: refused, .*could run code"
     assert main(["--model", str(folder)]) == 1
     assert re.search(f"{words}", capsys.readouterr().out, re.DOTALL)
@@ -172,7 +173,7 @@ def test_sam_with_code_or_cut_short_is_refused(sam: tuple, capsys: pytest.Captur
     file.write_bytes(whole[:-500])
     assert main(["--sam", str(file)]) == 1
     assert "sam.pth: truncated torch file" in capsys.readouterr().out
-    torch.save({"image_encoder.pos_embed": _Bomb(mark)}, file)
+    torch.save({"image_encoder.pos_embed": Bomb(mark)}, file)
     assert main(["--sam", str(file)]) == 1
     assert re.search("sam.pth: refused, .*could run code.*Remedy", capsys.readouterr().out)
     assert not mark.exists()
@@ -182,13 +183,3 @@ def test_something_must_be_asked(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([])
     assert "give --model, --sam or --meta" in capsys.readouterr().err
-
-
-class _Bomb:
-    """Pickles to a call."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return (Path.touch, (self.path,))

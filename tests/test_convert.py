@@ -25,6 +25,7 @@ from scripts.convert_aurora import BACKBONE, PARTS, REPORT, TARGETS, main, our_n
 from tests.aurora_cases import BASE, SAM_SIDE, stir, tiny_batch, tiny_sample, tiny_segmenter
 from tests.aurora_cases import SAM as SIZES
 from tests.data_builders import write_tokenizer
+from tests.test_weights import Bomb
 from utils.config import load_config
 from utils.tensor_files import TensorFileError
 
@@ -205,7 +206,7 @@ def test_faults_are_named_and_nothing_is_written(
         state[queries] = torch.zeros(3, 64)
         words = r"adapters of several ranks: \[2, 3\]"
     elif fault == "code":
-        state[head] = _Bomb(parts.out.with_name("ran"))
+        state[head] = Bomb(parts.out.with_name("ran"))
         words = "mp_rank_00_model_states.pt: refused, .*could run code"
     else:
         words = "no `module` with names and tensors"
@@ -222,14 +223,3 @@ def test_a_truncated_file_is_said(parts: Namespace) -> None:
     parts.file.write_bytes(parts.file.read_bytes()[:-2000])
     with pytest.raises(TensorFileError, match="truncated torch file"):
         read_released(parts.file)
-
-
-class _Bomb:
-    """Pickles to a call."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.shape = (0,)
-
-    def __reduce__(self) -> tuple:
-        return (Path.touch, (self.path,))
