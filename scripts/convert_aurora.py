@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 from configs.schema import RunConfig  # noqa: E402 - the project's root must be on the path first
 from dataset.prompt import load_tokenizer  # noqa: E402
+from model.aurora.build import build_meta_model  # noqa: E402
 from model.aurora.convert import ConversionReport, convert, read_published  # noqa: E402
-from model.aurora.meta import build_meta_model  # noqa: E402
 from model.aurora.trained import Trained, check_fit, write_trained  # noqa: E402
 from model.backbones.videollama2.shards import Checkpoint  # noqa: E402
 from model.segmenters.sam import SAM_SIZES  # noqa: E402

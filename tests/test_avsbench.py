@@ -21,7 +21,8 @@ from dataset.prompt import Prompts, load_tokenizer
 from dataset.refavs import RefAvsIndex
 from model.aurora.build import build_model
 from model.aurora.trained import save_trained
-from model.stages.base import build_stage, draw_frames
+from model.stages import build_stage
+from model.stages.base import draw_frames
 from model.stages.grpo import judge
 from tests.aurora_cases import SEG, tiny_batch, tiny_model, tiny_sample
 from tests.avsbench_cases import FRAMES, MS3, S4, write_v1, write_v2

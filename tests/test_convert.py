@@ -16,10 +16,10 @@ from torch import Tensor
 
 from configs.schema import RunConfig, TrainableConfig
 from dataset.prompt import load_tokenizer
-from model.aurora.adapters import apply_trainable
 from model.aurora.build import build_model
 from model.aurora.convert import TARGETS, our_name, published_name, read_published
 from model.aurora.model import AuroraModel
+from model.aurora.trainable import apply_trainable
 from model.aurora.trained import read_trained
 from model.backbones.videollama2.weights import load_backbone
 from scripts.convert_aurora import REPORT, main

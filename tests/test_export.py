@@ -17,11 +17,11 @@ from torch import Tensor
 from configs.schema import ModelConfig, RunConfig, TrainableConfig
 from dataset.processor import AuroraProcessor
 from dataset.prompt import load_tokenizer
-from model.aurora.adapters import apply_trainable
 from model.aurora.build import build_model
 from model.aurora.export import ADAPTER, DECODER, HEAD, REST, SAM, SAM_JSON
 from model.aurora.inference import predict
 from model.aurora.model import AuroraModel
+from model.aurora.trainable import apply_trainable
 from model.aurora.trained import SETTINGS, check_fit, load_trained, read_trained, save_trained
 from model.backbones.videollama2.weights import load_backbone
 from model.segmenters.sam import build_segmenter

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from model.objectives.rewards import frame_iou
+from model.objectives.rewards import Judged, frame_iou
 from model.stages.grpo import supervised_answers
-from tests.aurora_cases import STOP, VOCABULARY, WHOLE, tiny_batch, tiny_sample
+from tests.aurora_cases import SEG, STOP, VOCABULARY, WHOLE, tiny_batch, tiny_sample
 from tests.grpo_cases import RAGGED, draw_ragged, given, grpo_config, make_stage, two_clips
 from utils.results import decode_masks
-from utils.types import Generation
+from utils.types import Batch, Generation
 
 
 @pytest.fixture
@@ -21,10 +22,19 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Generation:
     return draw_ragged(monkeypatch)
 
 
+def judged_of(answers: list, batch: Batch) -> list[Judged]:
+    """The answers, equally many about each clip."""
+    texts, group = given(answers, 8).texts, len(answers) // len(batch)
+    return [
+        Judged(text, batch.samples[i // group], 0.5, SEG in answer, False, len(answer))
+        for i, (text, answer) in enumerate(zip(texts, answers, strict=True))
+    ]
+
+
 def test_which_masks_are_trained() -> None:
-    answers = given(RAGGED, 8)
-    answers.texts[0] = "The target is dog. It is [SEG]."
-    answers.texts[2] = "The target is dog."
+    judged = judged_of(RAGGED, two_clips())
+    judged[0] = replace(judged[0], text="The target is dog. It is [SEG].")
+    judged[2] = replace(judged[2], text="The target is dog.")
     rewards = torch.tensor([1.0, 2.0, 3.0, 1.0, 5.0, 1.0])
     wanted = {
         "all": [True, True, False, True, False, True],
@@ -33,9 +43,9 @@ def test_which_masks_are_trained() -> None:
         "none": [False] * 6,
     }
     for rule, flags in wanted.items():
-        assert supervised_answers(rule, two_clips(), answers, rewards, 3).tolist() == flags, rule
-    nothing = given([[1], [2]], 8)
-    assert supervised_answers("best", tiny_batch(tiny_sample(0)), nothing, torch.zeros(2), 2).tolist() == [False, False]
+        assert supervised_answers(rule, judged, rewards, 3).tolist() == flags, rule
+    nothing = judged_of([[1], [2]], tiny_batch(tiny_sample(0)))
+    assert supervised_answers("best", nothing, torch.zeros(2), 2).tolist() == [False, False]
 
 
 def test_scalars_and_truncation(drawn: Generation) -> None:
@@ -74,11 +84,8 @@ def test_stop_token_is_scored(drawn: Generation) -> None:
 
 
 def test_samples_are_kept_with_rewards_and_masks(drawn: Generation) -> None:
-    """Every answer of the last batch, for samples.jsonl; nothing is kept where nothing is asked for."""
-    silent = make_stage(grpo_config())
-    assert silent.records(silent.prepare(two_clips())) == []
-    config = grpo_config(mask_loss_on="best")
-    stage = make_stage(config.model_copy(update={"log": config.log.model_copy(update={"samples_every": 1})}))
+    """Every answer of the last batch, for samples.jsonl."""
+    stage = make_stage(grpo_config(mask_loss_on="best"))
     prepared = stage.prepare(two_clips())
     records = json.loads(json.dumps(stage.records(prepared)))
     assert [(r["row"], r["sample"]) for r in records] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]

@@ -16,7 +16,7 @@ from dataset.prompt import Prompts, load_tokenizer
 from dataset.refavs import RefAvsIndex
 from dataset.reflective import TRIGGERS, build_path, read_reflective, trigger, without_seg, write_reflective
 from model.backbones.videollama2.splice import ignore_before, splice
-from model.stages.base import build_stage
+from model.stages import build_stage
 from model.stages.reflective import ReflectiveStage
 from scripts import build_reflective
 from tests.aurora_cases import WHOLE, run_config, three_clips, tiny_batch, tiny_model, tiny_sample

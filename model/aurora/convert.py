@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import TrainableConfig
-from model.aurora.adapters import MASK_DECODER, NO_GRADIENT, SEG_HEAD
+from model.aurora.trainable import MASK_DECODER, NO_GRADIENT, SEG_HEAD
 from model.aurora.trained import Trained
 from model.backbones.videollama2.names import from_released, to_released
 from model.backbones.videollama2.shards import Checkpoint

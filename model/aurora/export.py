@@ -31,9 +31,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from configs.schema import ModelConfig, TrainableConfig
-from model.aurora.adapters import MASK_DECODER, SEG_HEAD, apply_trainable, is_adapter
 from model.aurora.model import AuroraModel
 from model.aurora.sampling import GENERATION_CONFIG, read_generation_defaults
+from model.aurora.trainable import MASK_DECODER, SEG_HEAD, apply_trainable, is_adapter
 from model.aurora.trained import (
     EXPORT_FORMAT,
     SETTINGS,

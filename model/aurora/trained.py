@@ -25,9 +25,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from configs.schema import TrainableConfig
-from model.aurora.adapters import MASK_DECODER, SEG_HEAD
 from model.aurora.model import AuroraModel
-from model.aurora.prompter import QUERIES
+from model.aurora.trainable import MASK_DECODER, QUERIES, SEG_HEAD
 from utils.errors import WeightsError
 from utils.manifest import file_digest
 from utils.tensor_files import save_safetensors

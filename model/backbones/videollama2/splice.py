@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from model.backbones.base import query_positions
 from utils.types import AUDIO_PLACEHOLDER, IGNORE, VIDEO_PLACEHOLDER, PackedInputs
 
 
@@ -23,7 +24,7 @@ class _Row:
     token_ids: Tensor
     media_index: Tensor
     labels: Tensor
-    seg_position: int
+    queries: Tensor
 
 
 def splice(
@@ -52,8 +53,8 @@ def splice(
             positions are relative, so the shift changes nothing).
 
     Returns:
-        The packed batch on the prompts' device: labels at answer tokens only, `seg_positions` = last [SEG] of the
-        ANSWER (a [SEG] in the prompt does not count), -1 without one.
+        The packed batch on the prompts' device: labels at answer tokens only, a query at the last [SEG] of each ANSWER
+        that has one (a [SEG] in the prompt does not count).
 
     Raises:
         ValueError: for more than one placeholder, a placeholder whose media the batch lacks, other negative ids,
@@ -119,8 +120,7 @@ def _splice_row(prompt: Tensor, answer: Tensor, video_tokens: int, audio_tokens:
     media_index[at : at + len(media)] = media
     labels = torch.full_like(token_ids, IGNORE)
     labels[start:] = answer
-    seg = (answer == seg_token_id).nonzero()
-    return _Row(token_ids, media_index, labels, start + int(seg[-1]) if len(seg) else -1)
+    return _Row(token_ids, media_index, labels, start + query_positions(answer, seg_token_id))
 
 
 def _placeholder(prompt: Tensor, video_tokens: int, audio_tokens: int) -> tuple[int, Tensor]:
@@ -149,11 +149,14 @@ def _pad(rows: list[_Row], side: str) -> PackedInputs:
     def stack(tensors: list[Tensor], value: int) -> Tensor:
         return torch.stack([F.pad(t, margin, value=value) for t, margin in zip(tensors, margins, strict=True)])
 
-    segs = [row.seg_position + margin[0] * (row.seg_position >= 0) for row, margin in zip(rows, margins, strict=True)]
+    mask = stack([torch.ones_like(row.token_ids, dtype=torch.bool) for row in rows], 0)
+    counts = torch.tensor([len(row.queries) for row in rows], device=mask.device)
     return PackedInputs(
         token_ids=stack([row.token_ids for row in rows], 0),
         media_index=stack([row.media_index for row in rows], -1),
         labels=stack([row.labels for row in rows], IGNORE),
-        attention_mask=stack([torch.ones_like(row.token_ids, dtype=torch.bool) for row in rows], 0),
-        seg_positions=torch.tensor(segs, device=rows[0].token_ids.device),
+        attention_mask=mask,
+        position_ids=torch.arange(length, device=mask.device).repeat(len(rows), 1),
+        answer_of_query=torch.arange(len(rows), device=mask.device).repeat_interleave(counts),
+        position_of_query=torch.cat([row.queries + left for row, (left, _) in zip(rows, margins, strict=True)]),
     )
