@@ -3,8 +3,9 @@
     python scripts/export.py runs/grpo exports/aurora-light --kind light
     python scripts/export.py runs/grpo exports/aurora --metrics runs/eval/*/metrics.json [--precision bf16]
 
-Both load with AuroraModel.from_pretrained and AuroraProcessor.from_pretrained, and stand in a checkpoint's place in
-train_ds_test.py (eval.checkpoint=exports/aurora). Later stages start from light ones (init_from). See docs/weights.md.
+Both load with model.aurora.export.from_pretrained and AuroraProcessor.from_pretrained, and stand in a checkpoint's
+place in train_ds_test.py (eval.checkpoint=exports/aurora). Later stages start from light ones (init_from). See
+docs/weights.md.
 """
 
 from __future__ import annotations
@@ -75,12 +76,13 @@ def export(config: RunConfig, out: Path, kind: str, metrics: Sequence[Path] = ()
     from dataset.prompt import load_tokenizer
     from model.aurora.build import build_model
     from model.aurora.card import read_metrics, write_card
+    from model.aurora.export import save_pretrained
 
     for path in metrics:
         read_metrics(path)  # a wrong file is said before an hour of writing
     tokenizer, seg_id = load_tokenizer(config.model.base, config.model.seg_token)
     model = build_model(config.model_copy(update={"stage": "eval"}), len(tokenizer), seg_id)
-    model.save_pretrained(out, merge=kind == "merged")
+    save_pretrained(model, out, merge=kind == "merged")
     sizes = model.backbone.config
     build_processor(config, tokenizer, sizes.vision.image_size, sizes.beats.mel_bins).save_pretrained(out)
     save_config(written_config(config, out, kind == "merged"), out)

@@ -97,9 +97,9 @@ def _use(merged: bool) -> str:
 import torch
 from dataset.processor import AuroraProcessor
 from model.aurora.inference import predict
-from model.aurora.model import AuroraModel
+from model.aurora.export import from_pretrained
 
-model = AuroraModel.from_pretrained("FOLDER", dtype=torch.bfloat16, device="cuda")
+model = from_pretrained("FOLDER", dtype=torch.bfloat16, device="cuda")
 processor = AuroraProcessor.from_pretrained("FOLDER")
 batch = processor(frames, sound, "The object that makes the sound on the left.")  # uint8 [T,H,W,3], float32 16 kHz
 answer = predict(model, batch, processor.tokenizer, max_new_tokens=512)[0]

@@ -10,7 +10,7 @@
               sam.safetensors (sam.json)                       the whole SAM at its image size
               seg_head.safetensors, trained.json
 
-`AuroraModel.from_pretrained` reads both, and so does `eval.checkpoint` (`model.aurora.trained.read_trained`). A light
+`from_pretrained` reads both, and so does `eval.checkpoint` (`model.aurora.trained.read_trained`). A light
 export also serves as `init_from` and `sft.teacher_checkpoint`; a merged folder is base, SAM and checkpoint at once. A
 LoRA update is added to its weight in float32 and rounded once to the stored type, so in float32 the two exports agree
 to rounding, in bf16 to one unit in the last place of the adapted weights.

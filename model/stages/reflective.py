@@ -12,13 +12,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from model.backbones.videollama2.splice import ignore_before
 from model.stages.base import Prepared, SupervisedStage
-from utils.types import Batch
+from utils.types import IGNORE, Batch, PackedInputs
 
 
 class ReflectiveStage(SupervisedStage):
@@ -29,3 +29,27 @@ class ReflectiveStage(SupervisedStage):
         """Lay the batch out and leave the tokens before each sample's `label_start` unlabelled."""
         prepared = super().prepare(batch)
         return replace(prepared, packed=ignore_before(prepared.packed, [s.label_start for s in batch.samples]))
+
+
+def ignore_before(packed: PackedInputs, starts: Sequence[int]) -> PackedInputs:
+    """The same batch with the first `starts[b]` answer tokens of row b unlabelled: read, but not learned.
+
+    Args:
+        packed: a batch with answers (each row's labelled tokens are its whole answer).
+        starts: B counts of tokens; 0 leaves a row as it is.
+
+    Returns:
+        A batch that shares all tensors but `labels`.
+
+    Raises:
+        ValueError: a count is negative or leaves a row with an answer no labelled token; names the row.
+    """
+    labelled = packed.labels != IGNORE
+    if len(starts) != len(labelled):
+        raise ValueError(f"ignore_before: {len(labelled)} rows, {len(starts)} starts; must be equal")
+    for number, (start, length) in enumerate(zip(starts, labelled.sum(1).tolist(), strict=True)):
+        if start and not 0 <= start < length:
+            raise ValueError(f"ignore_before: row {number}: start {start}, but the answer has tokens 0..{length - 1}")
+    first = torch.tensor(list(starts), device=labelled.device)[:, None]
+    early = labelled & (labelled.cumsum(1) <= first)
+    return replace(packed, labels=packed.labels.masked_fill(early, IGNORE))

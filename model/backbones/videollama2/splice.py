@@ -8,7 +8,7 @@ then gathers. Runs no weights, so it may run under no_grad or in a worker withou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -79,30 +79,6 @@ def splice(
         except ValueError as error:
             raise ValueError(f"splice: row {number}: {error}") from error
     return _pad(rows, padding_side)
-
-
-def ignore_before(packed: PackedInputs, starts: Sequence[int]) -> PackedInputs:
-    """The same batch with the first `starts[b]` answer tokens of row b unlabelled: read, but not learned.
-
-    Args:
-        packed: a batch with answers, as `splice` made it (each row's labelled tokens are its whole answer).
-        starts: B counts of tokens; 0 leaves a row as it is.
-
-    Returns:
-        A batch that shares all tensors but `labels`.
-
-    Raises:
-        ValueError: a count is negative or leaves a row with an answer no labelled token; names the row.
-    """
-    labelled = packed.labels != IGNORE
-    if len(starts) != len(labelled):
-        raise ValueError(f"ignore_before: {len(labelled)} rows, {len(starts)} starts; must be equal")
-    for number, (start, length) in enumerate(zip(starts, labelled.sum(1).tolist(), strict=True)):
-        if start and not 0 <= start < length:
-            raise ValueError(f"ignore_before: row {number}: start {start}, but the answer has tokens 0..{length - 1}")
-    first = torch.tensor(list(starts), device=labelled.device)[:, None]
-    early = labelled & (labelled.cumsum(1) <= first)
-    return replace(packed, labels=packed.labels.masked_fill(early, IGNORE))
 
 
 def _splice_row(prompt: Tensor, answer: Tensor, video_tokens: int, audio_tokens: int, seg_token_id: int) -> _Row:
