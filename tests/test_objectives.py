@@ -109,7 +109,7 @@ def test_no_answer_with_a_mask_is_zero() -> None:
 def test_disagreeing_masks_are_refused() -> None:
     with pytest.raises(ValueError, match="1 predicted masks against 0"):
         mask_losses([torch.zeros(1, 2, 2)], [])
-    with pytest.raises(ValueError, match="answer 0"):
+    with pytest.raises(ValueError, match="query 0"):
         mask_losses([torch.zeros(1, 2, 2)], [torch.zeros(1, 2, 3)])
 
 

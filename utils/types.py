@@ -69,7 +69,7 @@ class Sample:
     """Names the frames of `pixel_values` (the clip, or another one under a probe): features of frozen towers are cached
     by it. `sam_pixels` are always the clip's own."""
     audio_key: str
-    """Names the sound likewise."""
+    """Names the sound of `fbank` in the same way."""
     label_start: int = 0
     """First token of `answer_ids` that counts in the cross entropy (reflective paths: the correction may count alone);
     the tokens before it are read all the same."""
@@ -104,14 +104,6 @@ class Batch:
         return Batch(
             self.samples[rows], self.pixel_values[rows], self.sam_pixels[rows], self.fbank[rows], self.masks[rows]
         )
-
-    @property
-    def rows(self) -> list[int]:
-        return [s.row for s in self.samples]
-
-    @property
-    def class_names(self) -> list[str]:
-        return [s.class_name for s in self.samples]
 
     @property
     def prompts(self) -> list[Tensor]:

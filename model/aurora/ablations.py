@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -67,18 +66,14 @@ class LearnableQueryAurora(AskingModel):
         self.prompter = nn.ModuleDict({"queries": queries})
 
     def pack(
-        self,
-        batch: Batch,
-        answers: Sequence[Tensor] | None,
-        prompts: Sequence[Tensor] | None = None,
-        padding_side: Literal["right", "left"] = "right",
+        self, batch: Batch, answers: Sequence[Tensor] | None, prompts: Sequence[Tensor] | None = None
     ) -> PackedInputs:
         """Room for the learned tokens behind each answer: the last is the query, and none is a word to learn."""
         if answers is None:  # prompts alone, to be continued by generation
-            return super().pack(batch, None, prompts, padding_side)
+            return super().pack(batch, None, prompts)
         room = torch.zeros(self.prompter["queries"].num_embeddings, dtype=torch.long)
         packed = _asking_at_the_end(
-            super().pack(batch, [torch.cat([answer.cpu(), room]) for answer in answers], prompts, padding_side)
+            super().pack(batch, [torch.cat([answer.cpu(), room]) for answer in answers], prompts)
         )
         return replace(packed, labels=packed.labels.index_put(self._places(packed), packed.labels.new_tensor(IGNORE)))
 
@@ -124,18 +119,14 @@ class TextEncoderAurora(AskingModel):
         self.prompter = nn.ModuleDict({} if encoder is None else {"encoder": encoder})
 
     def pack(
-        self,
-        batch: Batch,
-        answers: Sequence[Tensor] | None,
-        prompts: Sequence[Tensor] | None = None,
-        padding_side: Literal["right", "left"] = "right",
+        self, batch: Batch, answers: Sequence[Tensor] | None, prompts: Sequence[Tensor] | None = None
     ) -> PackedInputs:
         """The references; answers are not read.
 
         Raises:
             ValueError: the prompts hold media.
         """
-        packed = super().pack(batch, None, prompts, padding_side)
+        packed = super().pack(batch, None, prompts)
         if bool((packed.media_index >= 0).any()):
             raise ValueError(
                 "model.prompter is text_encoder, but the prompts hold media: they must be the reference alone "

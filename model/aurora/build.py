@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,18 +30,13 @@ RELEASED_SEG_ID = 151646
 """Id of [SEG] on the released tokenizer: the first after its 151,646 tokens."""
 
 
-@dataclass(frozen=True)
-class BackboneKind:
+class BackboneKind(NamedTuple):
     """How a backbone is made."""
 
-    load: Callable[..., tuple[Backbone, Any]]
-    """(folder, dtype, attention, device) -> backbone in eval mode, and what the load did."""
-    make: Callable[..., Backbone]
-    """(sizes, attention) -> backbone with random weights."""
-    read_sizes: Callable[[str], Any]
-    """(folder) -> sizes."""
-    released: Any
-    """Sizes of the released model."""
+    load: Callable[..., tuple[Backbone, Any]]  # (folder, dtype, attention, device) -> it in eval mode, a report
+    make: Callable[..., Backbone]  # (sizes, attention) -> it with random weights
+    read_sizes: Callable[[str], Any]  # (folder) -> sizes
+    released: Any  # sizes of the released model
 
 
 BACKBONES = {"videollama2_qwen2": BackboneKind(load_backbone, VideoLlama2, VideoLlama2Config.from_folder, RELEASED)}
@@ -89,9 +83,9 @@ def build_model(
     apply_trainable(model, stored.trainable if stored and config.stage == "eval" else config.trainable)
     if stored:
         load_trained(model, stored)
-    if takes_decoder(config):
+    if _takes_decoder(config):
         load_mask_decoder(model, config.sft.teacher_checkpoint)
-    return _finish(model, config).to(device, dtype).train(config.stage != "eval")
+    return _finish(model, config).to(device, dtype)
 
 
 def build_meta_model(config: RunConfig, sizes: Any = None, seg_token_id: int | None = None) -> AuroraModel:
@@ -113,7 +107,7 @@ def build_meta_model(config: RunConfig, sizes: Any = None, seg_token_id: int | N
         segmenter = build_sam(config.model.model_copy(update={"sam_checkpoint": None}))
         model = _assemble(config.model, backbone, segmenter, seg, dtype).to(dtype)
         apply_trainable(model, config.trainable)
-    return _finish(model, config).to(dtype).train(config.stage != "eval")
+    return _finish(model, config).to(dtype)
 
 
 def backbone_kind(folder: str) -> BackboneKind:
@@ -144,11 +138,6 @@ def sizes_of_base(config: RunConfig) -> tuple[Any, str]:
     return kind.released, f"the released 7B model ({config.model.base} is not there)"
 
 
-def takes_decoder(config: RunConfig) -> bool:
-    """Whether the run takes the mask decoder of its teacher and freezes it (paper section 3.1)."""
-    return bool(config.stage == "sft" and config.sft.freeze_mask_decoder and config.sft.teacher_checkpoint)
-
-
 def _assemble(
     config: ModelConfig, backbone: Backbone, segmenter: Segmenter, seg_token_id: int, dtype: torch.dtype
 ) -> AuroraModel:
@@ -162,13 +151,20 @@ def _assemble(
     return AuroraModel(*parts)
 
 
+def _takes_decoder(config: RunConfig) -> bool:
+    """Whether the run takes the mask decoder of its teacher and freezes it (paper section 3.1)."""
+    return bool(config.stage == "sft" and config.sft.freeze_mask_decoder and config.sft.teacher_checkpoint)
+
+
 def _finish(model: AuroraModel, config: RunConfig) -> AuroraModel:
-    if takes_decoder(config):
+    """Frozen as the stage wants it, in its mode."""
+    training = config.stage != "eval"
+    if _takes_decoder(config):
         freeze(model, MASK_DECODER)
-    if config.stage == "eval":
+    if not training:
         model.requires_grad_(False)
-    model.backbone.set_gradient_checkpointing(config.engine.gradient_checkpointing and config.stage != "eval")
-    return model
+    model.backbone.set_gradient_checkpointing(config.engine.gradient_checkpointing and training)
+    return model.train(training)
 
 
 def _start(config: RunConfig) -> str | None:

@@ -13,15 +13,8 @@ from torch import Tensor, nn
 from utils.tensor_files import TensorFileError, load_safetensors, save_safetensors
 
 MODES = ("none", "memory", "disk")
-
-TOWERS = {
-    "vision_tower": ("backbone.vision_tower",),
-    "mm_projector": ("backbone.vision_tower", "backbone.mm_projector"),
-    "audio_tower": ("backbone.audio_tower",),
-    "mm_projector_a": ("backbone.audio_tower", "backbone.mm_projector_a"),
-    "image_encoder": ("segmenter.sam.image_encoder",),
-}
-"""What a kept feature depends on: the modules between the input and it, by the last one's name."""
+IMAGES = "image_encoder"
+"""Name under which the segmenter's image embeddings are kept; those of other towers have the module's."""
 
 
 class FeatureCache:
@@ -118,8 +111,12 @@ def _write(path: Path, features: Tensor) -> None:
 
 def tower_fingerprint(model: nn.Module, tower: str) -> str:
     """16 hex digits that change with any weight between a tower's input and the kept feature, and with their type."""
+    before = {IMAGES: (f"segmenter.{model.segmenter.no_gradient[0]}",)}
+    for t in model.backbone.towers:
+        before[t.tower] = (f"backbone.{t.tower}",)
+        before[t.projector] = (f"backbone.{t.tower}", f"backbone.{t.projector}")
     digest = hashlib.sha256()
-    for name in TOWERS[tower]:
+    for name in before[tower]:
         for key, value in sorted(model.get_submodule(name).state_dict().items()):
             digest.update(f"{name}.{key} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

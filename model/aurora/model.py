@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig, TrainableConfig
-from model.aurora.features import FeatureCache
+from model.aurora.features import IMAGES, FeatureCache
 from model.aurora.sampling import GenerationDefaults
 from model.aurora.shared_prompt import ATTENTION, score_answers
 from model.backbones.base import Backbone, Tower, query_positions
@@ -69,14 +69,11 @@ class AuroraModel(nn.Module):
             nn.Linear(width, width), nn.ReLU(), nn.Linear(width, segmenter.prompt_width), nn.Dropout(0.0)
         )
         self.text_hidden_fcs = nn.ModuleList([projection])
-        self.trainable_config: TrainableConfig | None = None
-        """What is trained, once `apply_trainable` has chosen it."""
-        self.loaded_names: frozenset[str] = frozenset()
-        """Parameters that came from a light checkpoint of an earlier stage, and so differ from the base."""
-        self.generation_defaults = GenerationDefaults()
-        """What the base's generation_config.json says of drawing words; for a model put together by hand, nothing."""
-        self.origin: ModelConfig | None = None
-        """Where base and SAM came from, for exports; None for a model that was put together by hand."""
+        # What `build_model` knows; a model that was put together by hand knows nothing.
+        self.trainable_config: TrainableConfig | None = None  # what is trained, once `apply_trainable` has chosen it
+        self.loaded_names: frozenset[str] = frozenset()  # parameters that an earlier stage has trained
+        self.generation_defaults = GenerationDefaults()  # what generation_config.json of the base says
+        self.origin: ModelConfig | None = None  # where base and SAM came from, for exports
 
     @property
     def device(self) -> torch.device:
@@ -132,25 +129,17 @@ class AuroraModel(nn.Module):
         for tower in self.backbone.towers if self.writes else ():
             setattr(found, tower.kind, self._media_tokens(tower, batch, cache, getattr(ready, tower.kind)))
         if masks:
-            pixels, clips = batch.sam_pixels, [s.clip for s in batch.samples]
-
-            def images(rows: slice) -> Tensor:
-                return self.segmenter.encode(pixels[rows].to(self.device, non_blocking=True))
-
-            found.image_embeddings = self._frozen("image_encoder", images, pixels, clips, cache, ready.image_embeddings)
+            clips, encode = [s.clip for s in batch.samples], self.segmenter.encode
+            images = self._frozen(IMAGES, encode, batch.sam_pixels, clips, cache, ready.image_embeddings)
+            found.image_embeddings = images
         return found
 
     def _media_tokens(self, tower: Tower, batch: Batch, cache: FeatureCache, ready: Tensor | None) -> Tensor:
         """[B,M,D]: tower, then projector; what can be kept is as much of the two as is frozen, from the input on."""
         inputs, keys = getattr(batch, tower.inputs), [getattr(s, tower.key) for s in batch.samples]
-        project = self.backbone.get_submodule(tower.projector)
-
-        def run(rows: slice) -> Tensor:
-            # Cast on the device: a pinned tensor that changes its type on the way is copied through other memory first.
-            return self.backbone.run_tower(tower, inputs[rows].to(self.device, non_blocking=True))
-
+        run, project = partial(self.backbone.run_tower, tower), self.backbone.get_submodule(tower.projector)
         if not self.is_frozen(f"backbone.{tower.tower}"):
-            return project(run(slice(None)))
+            return project(run(inputs.to(self.device, non_blocking=True)))
         if self.is_frozen(f"backbone.{tower.projector}"):
             return self._frozen(tower.projector, lambda rows: project(run(rows)), inputs, keys, cache, ready)
         return project(self._frozen(tower.tower, run, inputs, keys, cache, None))
@@ -159,48 +148,39 @@ class AuroraModel(nn.Module):
     def _frozen(
         self,
         name: str,
-        compute: Callable[[slice], Tensor],
+        compute: Callable[[Tensor], Tensor],
         inputs: Tensor,
         keys: list[str],
         cache: FeatureCache,
         ready: Tensor | None,
     ) -> Tensor:
-        return ready if ready is not None else cache.fetch(name, keys, compute, inputs).to(self.device)
+        """`compute` of rows of `inputs` on the model's device, unless their features are ready or kept."""
+        if ready is not None:
+            return ready
+        # Slices, not lists of rows, which would copy pinned memory; cast on the device, for the same reason.
+        found = cache.fetch(name, keys, lambda rows: compute(inputs[rows].to(self.device, non_blocking=True)), inputs)
+        return found.to(self.device)
 
     # ---- rows of words and media positions
 
     def pack(
-        self,
-        batch: Batch,
-        answers: Sequence[Tensor] | None,
-        prompts: Sequence[Tensor] | None = None,
-        padding_side: Literal["right", "left"] = "right",
+        self, batch: Batch, answers: Sequence[Tensor] | None, prompts: Sequence[Tensor] | None = None
     ) -> PackedInputs:
-        """Lay out prompts and answers with the media positions of `batch`; runs no weight.
+        """Lay out prompts and answers with the media positions of `batch`, on the model's device; runs no weight.
 
         Args:
             batch: gives the token counts of video and sound.
             answers: one per prompt, int64 [L] each, or None for generation.
             prompts: the rows; None = `batch.prompts`. Give them to repeat a clip's prompt, or to leave clips out.
-            padding_side: "left" for a generation prefill.
-
-        Returns:
-            PackedInputs on the model's device.
         """
         rows = [prompt.cpu() for prompt in (batch.prompts if prompts is None else prompts)]
         ends = None if answers is None else [answer.cpu() for answer in answers]
-        return self.backbone.layout(batch, rows, ends, self.seg_token_id, padding_side).to(self.device)
+        return self.backbone.layout(batch, rows, ends, self.seg_token_id).to(self.device)
 
     def pack_group(
         self, batch: Batch, answers: Sequence[Tensor], group: int, temperature: float = 1.0
     ) -> GroupInputs:
-        """Lay out B prompts and the B * G answers behind them; runs no weight.
-
-        Args:
-            batch: B clips.
-            answers: R x int64 [L], at least one token each, in the order of `Generation`.
-            group: G.
-            temperature: the logits are divided by it, as in sampling.
+        """Lay out B prompts and the R = B * G answers behind them, int64 [L] each; runs no weight.
 
         Raises:
             ValueError: another number of answers than B * G, an empty answer, or a prompt that ends in a placeholder.

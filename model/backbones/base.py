@@ -78,12 +78,7 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def layout(
-        self,
-        batch: Batch,
-        prompts: Sequence[Tensor],
-        answers: Sequence[Tensor] | None,
-        seg_token_id: int,
-        padding_side: Literal["right", "left"] = "right",
+        self, batch: Batch, prompts: Sequence[Tensor], answers: Sequence[Tensor] | None, seg_token_id: int
     ) -> PackedInputs:
         """Lay out prompts, media positions and answers as one row each; runs no weight, so it cuts no gradient.
 
@@ -92,7 +87,6 @@ class Backbone(nn.Module, ABC):
             prompts: int64 [L] each, with a placeholder where the media go.
             answers: int64 [L] each, one per prompt; None = prompts alone.
             seg_token_id: id of [SEG]; `query_positions` says which of them ask for a mask.
-            padding_side: "left" for prompts that another loop continues.
         """
 
     @abstractmethod

@@ -1,7 +1,7 @@
 """Group-relative policy optimisation as pure functions: advantages, clipped surrogate, KL, token log-probabilities.
 
 Paper section 3.3, eq. 4 and 5. Notation: R = B * G answers of at most L tokens, answer a belongs to clip a // G; `mask`
-is True at the tokens of an answer. Everything is float32. The published code has neither ratio nor clipping nor KL
+is True at the tokens of an answer. Everything is float32. The released code has neither ratio nor clipping nor KL
 (LISA_grpo.py:571-575) and reads log-probabilities at positions of another sequence (LISA_grpo.py:252-263).
 """
 
@@ -37,7 +37,7 @@ class GroupAdvantages:
 def group_advantages(rewards: Tensor, group: int, kind: Advantage = "std", eps: float = 1e-4) -> GroupAdvantages:
     """Advantages of R answers within their groups.
 
-        std            (r - mean) / (std + eps)                   eq. 4; unbiased std, published code LISA_grpo.py:569
+        std            (r - mean) / (std + eps)                   eq. 4; unbiased std, released code LISA_grpo.py:569
         mean           r - mean                                   no bias towards groups that nearly agree
         leave_one_out  r - mean of the other answers = G/(G-1) * (r - mean)
 

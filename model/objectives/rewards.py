@@ -1,6 +1,6 @@
 """Rewards of sampled answers: format, IoU and class (paper section 3.3), and those that a user adds.
 
-| reward | paper | published code | here |
+| reward | paper | released code | here |
 |---|---|---|---|
 | format | 1 if the final sentence is "It is [SEG]" | ends with "It is [SEG]." | the paper's, see `utils.answers.well_formed`; the full stop is optional |
 | iou | IoU of predicted and true mask | mean over frames; empty truth: share of true negatives | the same (J of `utils.metrics`), 0 without [SEG] |

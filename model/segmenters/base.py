@@ -17,7 +17,7 @@ class Segmenter(nn.Module, ABC):
     """Modules whose names begin every parameter; the decoder that `trainable.mask_decoder` trains is
     `sam.mask_decoder`."""
     no_gradient: tuple[str, ...]
-    """Those of them that run without gradient, so that training them would do nothing."""
+    """Those of them that run without gradient, so that training them would do nothing; first the image encoder."""
     image_size: int
     """Z: side of the padded square input, in pixels."""
     prompt_width: int

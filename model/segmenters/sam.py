@@ -187,7 +187,7 @@ def build_segmenter(sam_type: str, image_size: int, checkpoint: str | Path | Non
 
     Args:
         sam_type: vit_h, vit_l, vit_b, or the path of a JSON with the fields of `SamSizes`.
-        image_size: Z, side of the square input in pixels (1024 as released, 224 in the published AURORA code).
+        image_size: Z, side of the square input in pixels (1024 as released, 224 in the released AURORA code).
         checkpoint: .pth or .safetensors with the released key names, at this or another image size; None = random.
 
     Raises:

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from configs.schema import RunConfig
 from model.aurora.generation import STOP_TOKEN
 from model.aurora.model import AuroraModel
+from model.backbones.videollama2.splice import splice
 from model.stages.grpo import GrpoStage, Rollouts
 from utils.types import Batch, Generation, GroupInputs, GroupOutput, MediaFeatures, StepLoss
 
@@ -61,7 +62,9 @@ class PlainGrpoStage(GrpoStage):
         g, model = self.config.grpo, self.model
         copies = model.encode(repeat(batch, g.group_size))
         media = every(copies, g.group_size)
-        packed = model.pack(batch, None, padding_side="left")
+        sizes, frames, sounds = model.backbone.config, batch.pixel_values.shape[1], batch.fbank.shape[1]
+        packed = splice(batch.prompts, None, sizes.video_tokens(frames), sizes.audio_tokens(sounds),
+                        model.seg_token_id, padding_side="left")  # fmt: skip
         stop = self.tokenizer.convert_tokens_to_ids(STOP_TOKEN)
         drawn = model.backbone.language_model.generate(
             inputs_embeds=model.backbone.embed(packed, media), attention_mask=packed.attention_mask.long(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -59,17 +58,12 @@ class VideoLlama2(Backbone):
         return self.mm_projector_a(self.run_tower(self.towers[1], fbank))
 
     def layout(
-        self,
-        batch: Batch,
-        prompts: Sequence[Tensor],
-        answers: Sequence[Tensor] | None,
-        seg_token_id: int,
-        padding_side: Literal["right", "left"] = "right",
+        self, batch: Batch, prompts: Sequence[Tensor], answers: Sequence[Tensor] | None, seg_token_id: int
     ) -> PackedInputs:
         """See `Backbone.layout` and `splice`."""
         video = self.config.video_tokens(batch.pixel_values.shape[1])
         audio = self.config.audio_tokens(batch.fbank.shape[1])
-        return splice(prompts, answers, video, audio, seg_token_id, padding_side=padding_side)
+        return splice(prompts, answers, video, audio, seg_token_id)
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute the activations of the language model's and of BEATs' layers in backward (training mode only)."""

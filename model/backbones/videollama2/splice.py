@@ -1,6 +1,6 @@
 """Lay out text and media of a batch as one sequence per row, with labels, mask and the [SEG] position aligned.
 
-The published merge (videollama2_arch.py:388-552) concatenates embeddings, rebuilds labels and masks on the side and
+The released merge (videollama2_arch.py:388-552) concatenates embeddings, rebuilds labels and masks on the side and
 loses all but the last row's [SEG]. Here positions alone are computed, from known token counts; `VideoLlama2.embed`
 then gathers. Runs no weights, so it may run under no_grad or in a worker without cutting a gradient.
 """
