@@ -26,7 +26,7 @@ from tests.aurora_cases import (
     tiny_segmenter,
 )
 from utils.tensor_files import TensorFileError
-from utils.types import IGNORE
+from utils.types import IGNORE, MediaFeatures
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +54,12 @@ def test_seg_feature_is_the_state_at_the_last_seg_of_the_answer(plain: AuroraMod
     batch = three_clips()
     packed = plain.pack(batch, batch.answers)
     with torch.no_grad():
-        output = plain(packed, plain.encode(batch))
+        output, hidden = plain(packed, plain.encode(batch)), plain.hidden_states(packed, plain.encode(batch))
     media = plain.backbone.config.video_tokens(2) + plain.backbone.config.audio_tokens(40)
     position = 9 + media + 4  # prompt words, media, index of the last [SEG] within the answer
     assert packed.token_ids[1, position] == SEG
     projection = plain.text_hidden_fcs[0]
-    by_hand = projection[2](F.relu(projection[0](output.hidden[1, position])))
+    by_hand = projection[2](F.relu(projection[0](hidden[1, position])))
     torch.testing.assert_close(output.seg_features[1], by_hand, atol=1e-6, rtol=1e-5)
 
 
@@ -104,7 +104,7 @@ def test_logits_are_those_of_the_whole_sequence(plain: AuroraModel) -> None:
     packed = plain.pack(batch, batch.answers)
     with torch.no_grad():
         output = plain(packed, plain.encode(batch))
-        everywhere = plain.backbone.language_model.lm_head(output.hidden)
+        everywhere = plain.backbone.lm_head(plain.hidden_states(packed, plain.encode(batch)))
     assert output.answer_labels.tolist() == [t for a in batch.answers for t in a.tolist()]
     row_major = [
         everywhere[b, s - 1] for b in range(3) for s in range(packed.labels.shape[1]) if packed.labels[b, s] != IGNORE
@@ -203,7 +203,8 @@ def test_towers_read_the_memory_of_the_batch(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(tower, "forward", noted)
     own = {name: {getattr(batch, name).untyped_storage().data_ptr()} for name in (*towers, "sam_pixels")}
     for cache in ("none", "memory"):
-        model.encode(batch, cache=FeatureCache(cache))
+        model.feature_cache = FeatureCache(cache)
+        model.encode(batch)
         assert read == own
         read.clear()
 
@@ -228,22 +229,23 @@ def test_cache_shares_equal_keys_and_keeps_no_batch_alive() -> None:
 def test_features_on_disk_outlive_the_model_but_neither_its_weights_nor_the_media(tmp_path: Path) -> None:
     model, batch = tiny_model().requires_grad_(False).eval(), three_clips()
 
-    def cache() -> FeatureCache:
-        return FeatureCache("disk", tmp_path, lambda tower: tower_fingerprint(model, tower))
+    def encode(mode: str = "disk") -> MediaFeatures:
+        """As a new process would."""
+        model.feature_cache = FeatureCache(mode, tmp_path, lambda tower: tower_fingerprint(model, tower))
+        return model.encode(batch)
 
-    plain = model.encode(batch, cache=FeatureCache("memory"))
-    first = model.encode(batch, cache=cache())
+    plain, first = encode("memory"), encode()
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
-    again = model.encode(batch, cache=cache())
+    again = encode()
     assert torch.equal(first.image_embeddings, plain.image_embeddings) and torch.equal(first.video, plain.video)
     assert torch.equal(again.image_embeddings, first.image_embeddings) and torch.equal(again.video, first.video)
     assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     batch.sam_pixels[0] += 0.5  # the clip's media change under the same name
-    assert not torch.equal(model.encode(batch, cache=cache()).image_embeddings[0], first.image_embeddings[0])
+    assert not torch.equal(encode().image_embeddings[0], first.image_embeddings[0])
     with torch.no_grad():
         model.segmenter.sam.image_encoder.pos_embed += 1.0
     count = len(list(tmp_path.rglob("image_encoder-*/*")))
-    model.encode(batch, cache=cache())
+    encode()
     assert len(list(tmp_path.rglob("image_encoder-*/*"))) == count + len({s.clip for s in batch.samples})
 
 

@@ -197,8 +197,6 @@ class AuroraOutput(NamedTuple):
     offloaded are accumulated wrongly (tests/test_accumulation.py).
     """
 
-    hidden: Tensor
-    """[B,S,D] final-norm hidden states."""
     answer_logits: Tensor | None
     """[A,V] logits that predict the A labelled tokens of the batch, in row-major order of `labels`."""
     answer_labels: Tensor | None

@@ -17,6 +17,8 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from configs.schema import ModelConfig, TrainableConfig
 from model.aurora.features import IMAGES, FeatureCache
@@ -100,13 +102,7 @@ class AuroraModel(nn.Module):
 
     # ---- clips
 
-    def encode(
-        self,
-        batch: Batch,
-        masks: bool = True,
-        reuse: MediaFeatures | None = None,
-        cache: FeatureCache | None = None,
-    ) -> MediaFeatures:
+    def encode(self, batch: Batch, masks: bool = True, reuse: MediaFeatures | None = None) -> MediaFeatures:
         """Run the towers, once per clip.
 
         A frozen tower runs without gradient and may be served by the feature cache, its projector with it if that is
@@ -118,48 +114,40 @@ class AuroraModel(nn.Module):
             masks: whether the segmenter's image embeddings are wanted.
             reuse: features of the same batch made earlier, perhaps without gradient: those of frozen towers are taken
                 from it, the others are computed anew.
-            cache: used in place of the model's own feature cache.
 
         Returns:
             MediaFeatures on the model's device, in its type.
         """
         ready = MediaFeatures(None, None) if reuse is None else reuse
-        cache = self.feature_cache if cache is None else cache
         found = MediaFeatures(None, None)
         for tower in self.backbone.towers if self.writes else ():
-            setattr(found, tower.kind, self._media_tokens(tower, batch, cache, getattr(ready, tower.kind)))
+            setattr(found, tower.kind, self._media_tokens(tower, batch, getattr(ready, tower.kind)))
         if masks:
             clips, encode = [s.clip for s in batch.samples], self.segmenter.encode
-            images = self._frozen(IMAGES, encode, batch.sam_pixels, clips, cache, ready.image_embeddings)
-            found.image_embeddings = images
+            found.image_embeddings = self._frozen(IMAGES, encode, batch.sam_pixels, clips, ready.image_embeddings)
         return found
 
-    def _media_tokens(self, tower: Tower, batch: Batch, cache: FeatureCache, ready: Tensor | None) -> Tensor:
+    def _media_tokens(self, tower: Tower, batch: Batch, ready: Tensor | None) -> Tensor:
         """[B,M,D]: tower, then projector; what can be kept is as much of the two as is frozen, from the input on."""
         inputs, keys = getattr(batch, tower.inputs), [getattr(s, tower.key) for s in batch.samples]
         run, project = partial(self.backbone.run_tower, tower), self.backbone.get_submodule(tower.projector)
         if not self.is_frozen(f"backbone.{tower.tower}"):
             return project(run(inputs.to(self.device, non_blocking=True)))
         if self.is_frozen(f"backbone.{tower.projector}"):
-            return self._frozen(tower.projector, lambda rows: project(run(rows)), inputs, keys, cache, ready)
-        return project(self._frozen(tower.tower, run, inputs, keys, cache, None))
+            return self._frozen(tower.projector, lambda rows: project(run(rows)), inputs, keys, ready)
+        return project(self._frozen(tower.tower, run, inputs, keys, None))
 
     @torch.no_grad()
     def _frozen(
-        self,
-        name: str,
-        compute: Callable[[Tensor], Tensor],
-        inputs: Tensor,
-        keys: list[str],
-        cache: FeatureCache,
-        ready: Tensor | None,
+        self, name: str, run: Callable[[Tensor], Tensor], inputs: Tensor, keys: list[str], ready: Tensor | None
     ) -> Tensor:
-        """`compute` of rows of `inputs` on the model's device, unless their features are ready or kept."""
-        if ready is not None:
-            return ready
-        # Slices, not lists of rows, which would copy pinned memory; cast on the device, for the same reason.
-        found = cache.fetch(name, keys, lambda rows: compute(inputs[rows].to(self.device, non_blocking=True)), inputs)
-        return found.to(self.device)
+        """`run` of `inputs` on the model's device, unless the features are ready or kept."""
+
+        def compute(rows: slice) -> Tensor:
+            # A slice, as a list of rows would copy pinned memory; cast on the device, for the same reason.
+            return run(inputs[rows].to(self.device, non_blocking=True))
+
+        return self.feature_cache.fetch(name, keys, compute, inputs).to(self.device) if ready is None else ready
 
     # ---- rows of words and media positions
 
@@ -195,15 +183,14 @@ class AuroraModel(nn.Module):
             # The prompt's last token predicts the answer's first, so it is read with the answer: no logit of the
             # prompt is needed. The answer's last token predicts nothing; it is read only if a query stands there.
             queries.append(query_positions(answer, self.seg_token_id) + 1)
-            last = batch.prompts[number // group].cpu()[-1:]
-            streams.append(torch.cat([last, answer])[: max([len(answer), *(queries[-1] + 1).tolist()])])
-            targets.append(answer)
-        longest = max(map(len, streams))
+            length = max([len(answer), *(queries[-1] + 1).tolist()])
+            streams.append(torch.cat([batch.prompts[number // group].cpu()[-1:], answer])[:length])
+            targets.append(F.pad(answer, (0, length - len(answer)), value=IGNORE))
         counts = torch.tensor([len(q) for q in queries])
         return GroupInputs(
             packed,
-            _padded(streams, longest, 0).to(self.device),
-            _padded(targets, longest, IGNORE).to(self.device),
+            pad_sequence(streams, batch_first=True).to(self.device),
+            pad_sequence(targets, batch_first=True, padding_value=IGNORE).to(self.device),
             torch.arange(len(answers)).repeat_interleave(counts).to(self.device),
             torch.cat(queries).to(self.device),
             group,
@@ -250,7 +237,6 @@ class AuroraModel(nn.Module):
             check_logits(logits)
         seg_features = self.seg_features(hidden, packed)
         return AuroraOutput(
-            hidden=hidden,
             answer_logits=logits,
             answer_labels=labels[predicts],
             seg_features=seg_features,
@@ -327,10 +313,3 @@ def evaluating(model: AuroraModel) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def _padded(rows: Sequence[Tensor], length: int, value: int) -> Tensor:
-    found = torch.full((len(rows), length), value)
-    for number, row in enumerate(rows):
-        found[number, : len(row)] = row
-    return found

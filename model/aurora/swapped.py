@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from model.aurora.features import FeatureCache
 from model.aurora.model import AuroraModel, evaluating
 from utils.errors import ConfigError, Problem
 
@@ -52,8 +53,15 @@ class SwappedWeights:
     @torch.no_grad()
     def __call__(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """`function(model, *arguments)` under the other values, in eval mode and without gradient."""
-        with evaluating(self._call.model):
-            return functional_call(self._call, self._tensors, (function, *arguments))
+        model = self._call.model
+        kept = model.feature_cache
+        if not self.shares_towers:
+            model.feature_cache = FeatureCache()  # what the model keeps are features of its own towers
+        try:
+            with evaluating(model):
+                return functional_call(self._call, self._tensors, (function, *arguments))
+        finally:
+            model.feature_cache = kept
 
 
 class _Call(nn.Module):

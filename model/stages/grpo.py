@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from configs.schema import RunConfig
-from model.aurora.features import FeatureCache
 from model.aurora.generation import generate
 from model.aurora.inference import answer_mask
 from model.aurora.model import AuroraModel
@@ -204,9 +203,8 @@ class GrpoStage(Stage):
 
 
 def _log_probs(model: AuroraModel, batch: Batch, packed: GroupInputs, words: MediaFeatures | None) -> Tensor:
-    """float32 [R,L] under a model's weights; without `words` its own towers read the clips, past the policy's cache."""
-    words = model.encode(batch, masks=False, cache=FeatureCache()) if words is None else words
-    return model(packed, words).log_probs
+    """float32 [R,L] under a model's weights; without `words` its own towers read the clips."""
+    return model(packed, model.encode(batch, masks=False) if words is None else words).log_probs
 
 
 def judge(

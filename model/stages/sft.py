@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from configs.schema import RunConfig
-from model.aurora.features import FeatureCache
 from model.aurora.model import AuroraModel
 from model.aurora.swapped import SwappedWeights
 from model.aurora.trained import check_fit, read_trained
@@ -99,8 +98,7 @@ def teacher_features(model: AuroraModel, clips: list[tuple[Batch, MediaFeatures 
                 f"metadata rows {sample.row} have no teacher_ids with a [SEG]: stage sft needs the teacher's answer to "
                 "each"
             )
-        # Past the student's feature cache: its features are those of other towers.
-        media = model.encode(clip, masks=False, cache=FeatureCache()) if media is None else media
+        media = model.encode(clip, masks=False) if media is None else media
         found.append(model.seg_features(model.hidden_states(packed, media), packed)[-1].to("cpu", copy=True))
     return found
 

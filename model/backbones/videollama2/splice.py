@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from model.backbones.base import query_positions
 from utils.types import AUDIO_PLACEHOLDER, IGNORE, VIDEO_PLACEHOLDER, PackedInputs
@@ -117,22 +117,20 @@ def _placeholder(prompt: Tensor, video_tokens: int, audio_tokens: int) -> tuple[
     return negative[0], torch.arange(first, video_tokens + audio_tokens, device=prompt.device)
 
 
-def _pad(rows: list[_Row], side: str) -> PackedInputs:
-    length = max(len(row.token_ids) for row in rows)
-    missing = [length - len(row.token_ids) for row in rows]
-    margins = [(0, m) if side == "right" else (m, 0) for m in missing]
+def _pad(rows: list[_Row], side: Literal["right", "left"]) -> PackedInputs:
+    lengths = [len(row.token_ids) for row in rows]
+    shifts = [max(lengths) - n if side == "left" else 0 for n in lengths]
 
     def stack(tensors: list[Tensor], value: int) -> Tensor:
-        return torch.stack([F.pad(t, margin, value=value) for t, margin in zip(tensors, margins, strict=True)])
+        return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
-    mask = stack([torch.ones_like(row.token_ids, dtype=torch.bool) for row in rows], 0)
-    counts = torch.tensor([len(row.queries) for row in rows], device=mask.device)
+    device, counts = rows[0].token_ids.device, [len(row.queries) for row in rows]
     return PackedInputs(
         token_ids=stack([row.token_ids for row in rows], 0),
         media_index=stack([row.media_index for row in rows], -1),
         labels=stack([row.labels for row in rows], IGNORE),
-        attention_mask=mask,
-        position_ids=torch.arange(length, device=mask.device).repeat(len(rows), 1),
-        answer_of_query=torch.arange(len(rows), device=mask.device).repeat_interleave(counts),
-        position_of_query=torch.cat([row.queries + left for row, (left, _) in zip(rows, margins, strict=True)]),
+        attention_mask=stack([torch.ones_like(row.token_ids, dtype=torch.bool) for row in rows], 0),
+        position_ids=torch.arange(max(lengths), device=device).repeat(len(rows), 1),
+        answer_of_query=torch.arange(len(rows), device=device).repeat_interleave(torch.tensor(counts, device=device)),
+        position_of_query=torch.cat([row.queries + shift for row, shift in zip(rows, shifts, strict=True)]),
     )
