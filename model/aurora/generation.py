@@ -47,18 +47,12 @@ def generate(
 
     Args:
         model: the joint model, in any mode (put back afterwards).
-        batch: gives the prompts, of any lengths.
-        media: features of the B clips; only the words' part is read.
+        batch, media: the prompts, of any lengths, and the features of their clips.
         tokenizer: decodes the answers and names the stop token.
         max_new_tokens: longest answer, stop token included.
         group: answers per prompt; row b * group + g is answer g of prompt b.
         sampling: how tokens are drawn; None = the most likely ones, under the base's own repetition penalty.
-        everyone: given whether this process's answers are done, says whether those of all processes are. With it every
-            process takes the same number of steps, which partitioned weights (ZeRO-3) need: a process that stopped
-            early would leave the others waiting for its part of the next layer.
-
-    Returns:
-        Generation of B * group answers.
+        everyone: given whether this process's answers are done, says whether those of all processes are.
 
     Raises:
         ValueError: no new token, or no answer, is asked for.
@@ -70,15 +64,14 @@ def generate(
     stop, backbone = tokenizer.convert_tokens_to_ids(STOP_TOKEN), model.backbone
     with evaluating(model):
         packed = model.pack_without_last_token(batch)
-        cache = PromptCache(
-            *(backbone.decoder, model.embed(packed, media), packed.attention_mask, group, max_new_tokens + 1),
-            positions=packed.position_ids,
-        )
+        rows = model.embed(packed, media), packed.attention_mask
+        cache = PromptCache(backbone.decoder, *rows, group, max_new_tokens + 1, packed.position_ids)
         # As in scoring, the prompt's last token is the first of each of its answers' streams.
         drawn = torch.stack([prompt[-1] for prompt in batch.prompts]).to(model.device).repeat_interleave(group)
         at_seg = torch.zeros_like(drawn, dtype=torch.bool)
         finished, has_seg, lengths = at_seg.clone(), at_seg.clone(), torch.zeros_like(drawn)
-        seg_hidden, ended, tokens, scores = None, False, [], []
+        written = drawn.new_empty(len(drawn), 0)
+        seg_hidden, ended, scores = None, False, []
         while True:
             hidden = cache.append(backbone.words(drawn))
             # The state AT [SEG] exists once [SEG] has been read. The last of several counts (`query_positions`).
@@ -88,26 +81,25 @@ def generate(
                 break
             logits = backbone.lm_head(hidden)
             check_logits(logits)
-            answers = torch.stack(tokens, 1) if tokens else drawn.new_empty(len(drawn), 0)
-            log_probs = sampling.log_probs(logits, answers)
+            log_probs = sampling.log_probs(logits, written)
             drawn = sampling.draw(log_probs)
-            tokens.append(drawn)
+            written = torch.cat([written, drawn[:, None]], dim=1)
             scores.append(log_probs.gather(-1, drawn[:, None])[:, 0])
             lengths += ~finished
             at_seg = (drawn == model.seg_token_id) & ~finished
             finished |= drawn == stop
-            ended = bool(finished.all()) or len(tokens) == max_new_tokens
+            ended = bool(finished.all()) or written.shape[1] == max_new_tokens
+            # ZeRO-3: a process that stopped early would leave the others waiting for its part of the next layer.
             if everyone is not None:
                 ended = everyone(ended)
             elif ended and not bool(at_seg.any()):
                 break  # only a [SEG] drawn last is read once more, for its state
-    counts = lengths.tolist()
-    ids = [row[:n] for row, n in zip(torch.stack(tokens, 1).cpu(), counts, strict=True)]
+    ids = [row[:n] for row, n in zip(written.cpu(), lengths.tolist(), strict=True)]
     return Generation(
         token_ids=ids,
         texts=[tokenizer.decode([t for t in row.tolist() if t != stop]).strip() for row in ids],
         seg_hidden=seg_hidden[has_seg],
         answer_of_query=has_seg.nonzero().flatten(),
         truncated=torch.tensor([int(row[-1]) != stop for row in ids], device=has_seg.device),
-        log_probs=[row[:n] for row, n in zip(torch.stack(scores, 1), counts, strict=True)],
+        log_probs=[row[: len(own)] for row, own in zip(torch.stack(scores, 1), ids, strict=True)],
     )

@@ -36,10 +36,12 @@ def predict(
         answer without [SEG] is a failed generation: its mask is empty and `has_seg` is False.
     """
     with evaluating(model):
+        # Clips are encoded once, for the words and for the masks.
         media, answers = model.encode(batch), None
         if model.writes:
             greedy = model.generation_defaults.greedy(repetition_penalty)
             answers = generate(model, batch, media, tokenizer, max_new_tokens, sampling=greedy)
+        # The states at [SEG] were kept while the words were drawn, so that no answer is read twice.
         prompts, asked = model.drawn_queries(answers, batch, media)
         low = model.decode_masks(prompts, asked, media.image_embeddings)
     return _predictions(model, batch, [""] * len(batch) if answers is None else answers.texts, low, asked)

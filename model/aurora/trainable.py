@@ -71,6 +71,7 @@ def apply_trainable(model: AuroraModel, config: TrainableConfig) -> None:
         whole |= {name for name in names if flag and name.startswith(prefix)}
     if problems:
         raise ConfigError(problems, "trainable")
+    # Frozen first: what nobody names, and what a later version adds, is not trained by accident.
     model.requires_grad_(False)
     if targets:
         lora = LoraConfig(
@@ -152,7 +153,7 @@ class SegRowEmbedding(nn.Embedding):
 
     def __init__(self, base: nn.Embedding, token_id: int) -> None:
         super().__init__(base.num_embeddings, base.embedding_dim, device="meta")
-        self.weight = base.weight
+        self.weight = base.weight  # the same tensor, so that names in checkpoints stay and nothing is held twice
         self.token_id = token_id
         self.seg_row = nn.Parameter(base.weight[token_id].detach().clone())
 

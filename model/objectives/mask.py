@@ -76,6 +76,7 @@ def mask_losses(logits: Sequence[Tensor], targets: Sequence[Tensor]) -> MaskLoss
     if not logits:
         zero = torch.zeros(())
         return MaskLosses(zero, zero.clone())
+    # Frames first, then queries: a clip with few annotated frames weighs as much as one with ten.
     bce = [mask_bce(p, t).mean() for p, t in zip(logits, targets, strict=True)]
     dice = [mask_dice(p, t).mean() for p, t in zip(logits, targets, strict=True)]
     return MaskLosses(torch.stack(bce).mean(), torch.stack(dice).mean())

@@ -176,6 +176,7 @@ def frame_iou(logits: Tensor, masks: Tensor) -> float:
     if logits.shape != masks.shape:
         raise ValueError(f"logits {tuple(logits.shape)} against masks {tuple(masks.shape)}")
     predicted, truth = logits.float().sigmoid().flatten(1) > 0.5, masks.flatten(1)
+    # The clamp only guards empty frames, whose score is taken from `empty` below.
     both, either = (predicted & truth).sum(1), (predicted | truth).sum(1)
     iou = both / either.clamp(min=1)
     empty = (~predicted).float().mean(1)

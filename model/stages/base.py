@@ -116,6 +116,7 @@ def draw_frames(batch: Batch, count: int | None, device: torch.device) -> Tensor
     annotated mask are never drawn; k is `count`, or less where a clip has fewer annotated frames.
     """
     frames = batch.sam_pixels.shape[1]
+    # On the CPU, whose generator a checkpoint stores: a resumed run draws the same frames.
     pools = [torch.arange(frames) if s.labelled is None else torch.tensor(s.labelled) for s in batch.samples]
     size = min(frames if count is None else count, *(len(pool) for pool in pools))
     if size == frames:

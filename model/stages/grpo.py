@@ -117,11 +117,13 @@ class GrpoStage(Stage):
         g, model = self.config.grpo, self.model.eval()
         media, answers = self.draw(batch)
         rate = self._rate(sum(map(len, answers.token_ids)))
+        # Judged before anything is trained: the masks that earn the IoU are those of the policy that drew.
         judged, masks = judge(model, batch, media, answers, g.group_size)
         rewards = score(judged, self.rewards, g.reward_weights)
         packed = model.pack_group(batch, answers.token_ids, g.group_size, g.temperature)
         reference = None
         if self.reference is not None:
+            # Frozen towers have read the clips for both policies; trained ones differ between them.
             words = replace(media, image_embeddings=None) if self.reference.shares_towers else None
             reference = self.reference(_log_probs, batch, packed, words)
         return Rollouts(
@@ -133,8 +135,10 @@ class GrpoStage(Stage):
             masks=masks,
             rewards=rewards,
             advantages=group_advantages(rewards.total.to(model.device), g.group_size, g.advantage, g.advantage_eps),
+            # A truncated answer does not say how it would have ended; its reward still counts in the group's mean.
             trained=~(answers.truncated.to(model.device) & g.mask_truncated),
             supervised=supervised_answers(g.mask_loss_on, judged, rewards.total, g.group_size).to(model.device),
+            # Drawn once, so that several updates on the same answers are steps on the same loss.
             frame_index=draw_frames(batch, self.config.model.decode_frames_per_step, model.device),
             reference=reference,
             tokens_per_second=rate,
@@ -144,11 +148,13 @@ class GrpoStage(Stage):
         """Clipped surrogate over the answers' tokens (eq. 5) and mask losses of the same answers (eq. 8)."""
         g, weights, model = self.config.grpo, self.config.loss, self.model.eval()
         packed = prepared.packed
+        # Trained towers run again, with gradient; what frozen ones said of the clips is taken from `prepare`.
         media = model.encode(prepared.batch, masks=self.with_masks, reuse=prepared.media)
         output = self.engine(packed, media, prepared.frame_index)
         if prepared.old_log_probs is None:
             # The weights have not moved since sampling: this pass is the policy that drew, and the ratio exactly 1.
             prepared.old_log_probs = output.log_probs.detach()
+        # Tokens of answers alone: neither prompt nor padding, and no answer that is left out.
         mask = packed.mask & prepared.trained[:, None]
         surrogate = clipped_surrogate(
             output.log_probs, prepared.old_log_probs, prepared.advantages.values, g.clip_eps, g.clip_eps_high
@@ -159,6 +165,7 @@ class GrpoStage(Stage):
             parts["kl"] = policy_mean(k3_divergence(output.log_probs, prepared.reference), mask, g.normalisation)
             total = total + g.beta * parts["kl"]
         if self.with_masks:
+            # Eq. 8 trains masks and words together, but only masks that a right answer asked for (grpo.mask_loss_on).
             chosen = prepared.supervised[packed.answer_of_query]
             clips = packed.answer_of_query[chosen] // g.group_size
             losses = query_mask_losses(
@@ -170,6 +177,7 @@ class GrpoStage(Stage):
         parts |= {"loss": total, **rollout_scalars(prepared, output)}
         if prepared.tokens_per_second is not None:
             parts["tokens_per_second"] = torch.tensor(prepared.tokens_per_second)
+        # Only an uncut distribution can be compared: of cut words, sampling knows another probability than scoring.
         if self.sampling.is_plain and prepared.answers.log_probs is not None:
             seen = torch.cat(prepared.answers.log_probs)
             parts["sampling_gap"] = (prepared.old_log_probs[packed.mask] - seen).abs().mean()
@@ -243,6 +251,7 @@ def supervised_answers(rule: str, judged: list[Judged], rewards: Tensor, group: 
     if rule == "class_correct":
         return has_seg & torch.tensor([names_class(answer.text, answer.sample.class_name) for answer in judged])
     if rule == "best":
+        # Ties go to the first: two equal answers would otherwise weigh twice.
         ranked = rewards.masked_fill(~has_seg, -torch.inf).view(-1, group)
         first = torch.zeros_like(ranked, dtype=torch.bool).scatter(1, ranked.argmax(1, keepdim=True), True)
         return has_seg & first.flatten()

@@ -88,14 +88,18 @@ def _splice_row(prompt: Tensor, answer: Tensor, video_tokens: int, audio_tokens:
         raise ValueError(f"the answer holds negative id {int(answer.min())}; placeholders belong in the prompt")
     at, media = _placeholder(prompt, video_tokens, audio_tokens)
     before, after = prompt[:at], prompt[at + 1 :]
+    # Id 0 holds the places of the media: `embed` puts their features over whatever word that is.
     token_ids = torch.cat([before, torch.zeros_like(media), after, answer])
     if not len(token_ids):
         raise ValueError("prompt and answer are both empty")
     start = len(token_ids) - len(answer)
     media_index = torch.full_like(token_ids, -1)
     media_index[at : at + len(media)] = media
+    # A label stands AT its token; the shift by one happens where logits are read, in every stage alike.
     labels = torch.full_like(token_ids, IGNORE)
     labels[start:] = answer
+    # Counted in the spliced row, behind hundreds of media tokens: the released GRPO looks its positions up in the row
+    # without media (LISA_grpo.py:252-263), and so trains other tokens.
     return _Row(token_ids, media_index, labels, start + query_positions(answer, seg_token_id))
 
 
@@ -118,6 +122,7 @@ def _placeholder(prompt: Tensor, video_tokens: int, audio_tokens: int) -> tuple[
 
 
 def _pad(rows: list[_Row], side: Literal["right", "left"]) -> PackedInputs:
+    # On the right, a causal decoder never lets a valid token see padding; on the left, every row ends together.
     lengths = [len(row.token_ids) for row in rows]
     shifts = [max(lengths) - n if side == "left" else 0 for n in lengths]
 
