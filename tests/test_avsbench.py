@@ -127,8 +127,9 @@ def test_only_annotated_frames_are_trained_rewarded_and_scored() -> None:
     assert draw_frames(batch, None, torch.device("cpu"))[0].tolist() == [1]
     model = tiny_model()
     width = model.backbone.language_model.config.hidden_size
-    hidden, yes = torch.randn(2, width, generator=torch.Generator().manual_seed(0)), torch.tensor([True, True])
-    answers = Generation([torch.tensor([SEG])] * 2, ["[SEG]"] * 2, hidden, yes, ~yes)
+    hidden = torch.randn(2, width, generator=torch.Generator().manual_seed(0))
+    whole_answers = torch.zeros(2, dtype=torch.bool)
+    answers = Generation([torch.tensor([SEG])] * 2, ["[SEG]"] * 2, hidden, torch.arange(2), whole_answers)
     ious = []
     for frame in (1, 0, 1):  # the second time an unannotated frame has been changed, the third time an annotated one
         with torch.no_grad():
