@@ -40,8 +40,8 @@ from torch import Tensor  # noqa: E402
 
 from configs.schema import VOCABULARY, TrainableConfig  # noqa: E402
 from dataset.prompt import load_tokenizer  # noqa: E402
-from model.aurora.adapters import MASK_DECODER, NO_GRADIENT, SEG_HEAD  # noqa: E402
-from model.aurora.meta import build_meta_model  # noqa: E402
+from model.aurora.build import build_meta_model  # noqa: E402
+from model.aurora.trainable import MASK_DECODER, NO_GRADIENT, SEG_HEAD  # noqa: E402
 from model.aurora.trained import SEGMENTER, Trained, below_adapters, check_fit, write_trained  # noqa: E402
 from model.backbones.videollama2.weights import Checkpoint, from_released, to_released  # noqa: E402
 from model.segmenters.sam import SAM_SIZES  # noqa: E402

@@ -3,8 +3,9 @@
     python scripts/export.py runs/grpo exports/aurora-light --kind light
     python scripts/export.py runs/grpo exports/aurora --metrics runs/eval/*/metrics.json [--precision bf16]
 
-Both load with AuroraModel.from_pretrained and AuroraProcessor.from_pretrained, and stand in a checkpoint's place in
-train_ds_test.py (eval.checkpoint=exports/aurora). Later stages start from light ones (init_from). See docs/weights.md.
+Both load with model.aurora.export.from_pretrained and AuroraProcessor.from_pretrained, and stand in a checkpoint's
+place in train_ds_test.py (eval.checkpoint=exports/aurora). Later stages start from light ones (init_from). See
+docs/weights.md.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from configs.schema import VOCABULARY, EngineConfig, RunConfig  # noqa: E402 - the root must be on the path first
-from model.aurora.meta import build_meta_model, sizes_of_base  # noqa: E402
+from model.aurora.build import build_meta_model, sizes_of_base  # noqa: E402
 from model.aurora.model import AuroraModel  # noqa: E402
 from model.aurora.trained import trained_names  # noqa: E402
 from model.objectives.mask import loss_shape  # noqa: E402

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from configs.schema import RunConfig, TrainableConfig
 from dataset.prompt import load_tokenizer
-from model.aurora.adapters import apply_trainable
 from model.aurora.build import build_model
 from model.aurora.model import AuroraModel
+from model.aurora.trainable import apply_trainable
 from model.aurora.trained import read_trained
 from model.backbones.videollama2.weights import load_backbone, to_released
 from scripts.convert_aurora import BACKBONE, PARTS, REPORT, TARGETS, main, our_name, read_released

@@ -17,11 +17,11 @@ from torch import Tensor
 from configs.schema import ModelConfig, RunConfig, TrainableConfig
 from dataset.processor import AuroraProcessor
 from dataset.prompt import load_tokenizer
-from model.aurora.adapters import apply_trainable
 from model.aurora.build import build_model
-from model.aurora.export import SAM, SAM_JSON
+from model.aurora.export import SAM, SAM_JSON, from_pretrained, save_pretrained
 from model.aurora.inference import predict
 from model.aurora.model import AuroraModel
+from model.aurora.trainable import apply_trainable
 from model.aurora.trained import SETTINGS, TENSORS, load_trained, read_trained, save_trained
 from model.backbones.videollama2.weights import load_backbone
 from model.segmenters.sam import build_segmenter
@@ -77,12 +77,12 @@ def same(found: AuroraModel, wanted: AuroraModel, tolerance: float) -> None:
 def test_light_and_merged_load_back_with_equal_outputs(kind: str, sam: ModelConfig, tmp_path: Path) -> None:
     model = trained(kind, sam)
     before = {k: x.clone() for k, x in model.state_dict().items()}
-    light, merged = model.save_pretrained(tmp_path / "light", merge=False), model.save_pretrained(tmp_path / "merged")
+    light, merged = save_pretrained(model, tmp_path / "light", merge=False), save_pretrained(model, tmp_path / "merged")
     assert all(torch.equal(x, before[k]) for k, x in model.state_dict().items())  # saving changed nothing
-    again = AuroraModel.from_pretrained(light)
+    again = from_pretrained(light)
     assert not again.training and not any(p.requires_grad for p in again.parameters())
     same(again, model, 1e-6)
-    whole = AuroraModel.from_pretrained(merged)
+    whole = from_pretrained(merged)
     assert not any(".lora_" in k or "seg_row" in k for k in whole.state_dict())
     same(whole, model, 2e-5)
     assert (light / "adapter_config.json").is_file() == (kind in ("lora and rows", "vocabulary"))
@@ -90,7 +90,7 @@ def test_light_and_merged_load_back_with_equal_outputs(kind: str, sam: ModelConf
 
 def test_merged_folder_is_a_released_folder_and_sam_a_released_sam(sam: ModelConfig, tmp_path: Path) -> None:
     model = trained("lora and rows", sam)
-    folder = model.save_pretrained(tmp_path)
+    folder = save_pretrained(model, tmp_path)
     shutil.move(folder, tmp_path.with_name("moved"))  # paths inside are relative
     folder = tmp_path.with_name("moved")
     backbone, report = load_backbone(folder)
@@ -109,7 +109,7 @@ def test_merged_folder_is_a_released_folder_and_sam_a_released_sam(sam: ModelCon
 def test_peft_itself_reads_the_adapters(kind: str, sam: ModelConfig, tmp_path: Path) -> None:
     """On a plain joint model: adapters, [SEG] rows, vocabulary, head and decoder."""
     model = trained(kind, sam)
-    folder = model.save_pretrained(tmp_path, merge=False)
+    folder = save_pretrained(model, tmp_path, merge=False)
     adapted = PeftModel.from_pretrained(tiny_model().eval(), str(folder))
     assert adapted.peft_config["default"].r == 2
     same(adapted.base_model.model, model, 1e-6)
@@ -118,40 +118,40 @@ def test_peft_itself_reads_the_adapters(kind: str, sam: ModelConfig, tmp_path: P
 def test_bf16_exports_stay_near_each_other(sam: ModelConfig, tmp_path: Path) -> None:
     """Merged weights are rounded once more: mean deviation of the logits under 2 % of their root mean square."""
     model = trained("lora and rows", sam).to(torch.bfloat16)
-    light, merged = model.save_pretrained(tmp_path / "light", merge=False), model.save_pretrained(tmp_path / "merged")
-    first, second = (outputs(AuroraModel.from_pretrained(folder))[0].float() for folder in (light, merged))
-    assert AuroraModel.from_pretrained(merged).backbone.dtype == torch.bfloat16
+    light, merged = save_pretrained(model, tmp_path / "light", merge=False), save_pretrained(model, tmp_path / "merged")
+    first, second = (outputs(from_pretrained(folder))[0].float() for folder in (light, merged))
+    assert from_pretrained(merged).backbone.dtype == torch.bfloat16
     assert (first - second).abs().mean() < 0.02 * first.square().mean().sqrt()
 
 
 def test_a_light_export_is_a_light_checkpoint(sam: ModelConfig, tmp_path: Path) -> None:
     model = trained("vocabulary", sam)
     save_trained(model, tmp_path / "run" / "final")
-    light = model.save_pretrained(tmp_path / "light", merge=False)
+    light = save_pretrained(model, tmp_path / "light", merge=False)
     assert (light / TENSORS).read_bytes() == (tmp_path / "run" / "final" / TENSORS).read_bytes()
-    same(AuroraModel.from_pretrained(tmp_path / "run"), model, 1e-6)
+    same(from_pretrained(tmp_path / "run"), model, 1e-6)
 
 
 def test_faults_are_named(sam: ModelConfig, tmp_path: Path) -> None:
     model = trained("vocabulary", sam)
-    folder = model.save_pretrained(tmp_path / "light", merge=False)
+    folder = save_pretrained(model, tmp_path / "light", merge=False)
     settings = json.loads((folder / SETTINGS).read_text())
     moved = settings | {"model": settings["model"] | {"base": "/nowhere"}}
     (folder / SETTINGS).write_text(json.dumps(moved))
     with pytest.raises(WeightsError, match="base is /nowhere, which does not exist. Remedy: pass base="):
-        AuroraModel.from_pretrained(folder)
-    same(AuroraModel.from_pretrained(folder, base=BASE), model, 1e-6)
+        from_pretrained(folder)
+    same(from_pretrained(folder, base=BASE), model, 1e-6)
     save_file({"text_hidden_fcs.0.0.weight": torch.zeros(1)}, folder / TENSORS)
     with pytest.raises(WeightsError, match=f"{TENSORS}: missing, or not the file"):
-        AuroraModel.from_pretrained(folder, base=BASE)
+        from_pretrained(folder, base=BASE)
     with pytest.raises(WeightsError, match="no light checkpoint"):
-        AuroraModel.from_pretrained(tmp_path / "nothing")
+        from_pretrained(tmp_path / "nothing")
     model.origin = None
     save_trained(model, tmp_path / "run")
     with pytest.raises(WeightsError, match="does not say where.*Remedy: write an export .* scripts/export.py"):
-        AuroraModel.from_pretrained(tmp_path / "run")
+        from_pretrained(tmp_path / "run")
     with pytest.raises(RuntimeError, match="the model's base is unknown"):
-        model.save_pretrained(tmp_path / "none")
+        save_pretrained(model, tmp_path / "none")
 
 
 def test_float16_that_overflows_is_told_to_use_bf16(sam: ModelConfig, tmp_path: Path) -> None:
@@ -159,14 +159,14 @@ def test_float16_that_overflows_is_told_to_use_bf16(sam: ModelConfig, tmp_path: 
     model = trained("rows alone", sam)
     with torch.no_grad():
         model.backbone.language_model.model.layers[0].mlp.down_proj.weight.mul_(3e4)
-    folder = model.save_pretrained(tmp_path)
-    model = AuroraModel.from_pretrained(folder, dtype=torch.float16)
+    folder = save_pretrained(model, tmp_path)
+    model = from_pretrained(folder, dtype=torch.float16)
     batch = three_clips()
     with pytest.raises(NonFiniteError, match="type float16.*overflow in float16. Remedy: load the weights in bf16"):
         predict(model, batch, _Words(), max_new_tokens=2)
     with pytest.raises(NonFiniteError, match="bf16"):
         outputs(model)
-    assert all(x.isfinite().all() for x in outputs(AuroraModel.from_pretrained(folder, dtype=torch.bfloat16)))
+    assert all(x.isfinite().all() for x in outputs(from_pretrained(folder, dtype=torch.bfloat16)))
 
 
 class _Words:
@@ -220,7 +220,7 @@ def test_export_command_writes_folders_that_answer_alike(
     for kind in ("light", "merged"):
         out = tmp_path / kind
         assert main([str(run[0].parent), str(out), "--kind", kind, "--metrics", str(metrics)]) == 0
-        model, processor = AuroraModel.from_pretrained(out), AuroraProcessor.from_pretrained(out)
+        model, processor = from_pretrained(out), AuroraProcessor.from_pretrained(out)
         processor = AuroraProcessor.from_pretrained(out, audio_windows=None)
         batch = processor(*clip(), " The dog ")
         predictions.append(predict(model, batch, processor.tokenizer, 4)[0])

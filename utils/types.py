@@ -3,6 +3,7 @@
 Shape letters, used in every docstring of the project:
 
     B  batch (clips with one reference each)     G  group (answers sampled per clip)
+    Q  [SEG] queries: masks that answers ask for  R  answers of a group, B * G
     T  video frames                              N  patches per frame
     M  media tokens (video, then audio)          L  text tokens
     S  spliced length: text + media, padded      D  width of the language model
@@ -28,6 +29,9 @@ VIDEO_PLACEHOLDER = -201
 
 AUDIO_PLACEHOLDER = -202
 """Stands for audio tokens alone (a prompt about sound without frames)."""
+
+EMPTY_LOGIT = -1e4
+"""Mask logit everywhere of an answer that asks for no mask: a probability of 0."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Sample:
     """Names the frames of `pixel_values` (the clip, or another one under a probe): features of frozen towers are cached
     by it. `sam_pixels` are always the clip's own."""
     audio_key: str
-    """Names the sound likewise."""
+    """Names the sound of `fbank` in the same way."""
     label_start: int = 0
     """First token of `answer_ids` that counts in the cross entropy (reflective paths: the correction may count alone);
     the tokens before it are read all the same."""
@@ -94,13 +98,12 @@ class Batch:
     def __len__(self) -> int:
         return len(self.samples)
 
-    @property
-    def rows(self) -> list[int]:
-        return [s.row for s in self.samples]
-
-    @property
-    def class_names(self) -> list[str]:
-        return [s.class_name for s in self.samples]
+    def clip(self, number: int) -> Batch:
+        """One sample as a batch of its own."""
+        rows = slice(number, number + 1)
+        return Batch(
+            self.samples[rows], self.pixel_values[rows], self.sam_pixels[rows], self.fbank[rows], self.masks[rows]
+        )
 
     @property
     def prompts(self) -> list[Tensor]:
@@ -151,7 +154,11 @@ class MediaFeatures:
 
 @dataclass
 class PackedInputs:
-    """Text and media positions of a whole batch, aligned. Made by the backbone's splice; holds no features."""
+    """Text and media positions of a whole batch, aligned. Made by the backbone's `layout`; holds no features.
+
+    Masks are asked for by queries, not by answers: an answer without [SEG] has none, one about two objects would have
+    two. In the paper's case Q = B.
+    """
 
     token_ids: Tensor
     """int64 [B,S]: text ids; 0 at media and padding positions."""
@@ -161,13 +168,23 @@ class PackedInputs:
     """int64 [B,S]: IGNORE except at answer tokens. labels[b, s] is the token AT s (shift when scoring)."""
     attention_mask: Tensor
     """bool [B,S]: False at padding (right padding)."""
-    seg_positions: Tensor
-    """int64 [B]: position of the last [SEG] of the answer in the spliced sequence, -1 without one."""
+    position_ids: Tensor
+    """int64 [B,S], or [3,B,S] (time, height, width) for a decoder that reads such positions."""
+    answer_of_query: Tensor
+    """int64 [Q]: the row that asks for a mask, in rising order."""
+    position_of_query: Tensor
+    """int64 [Q]: where in the row its [SEG] stands."""
 
     @property
     def has_seg(self) -> Tensor:
         """bool [B]: whether the answer asks for a mask."""
-        return self.seg_positions >= 0
+        return _asked(self.answer_of_query, len(self.token_ids))
+
+    @property
+    def seg_positions(self) -> Tensor:
+        """int64 [B]: position of the answer's last query, -1 without one."""
+        positions = torch.full_like(self.token_ids[:, 0], -1)
+        return positions.scatter_reduce(0, self.answer_of_query, self.position_of_query, "amax")
 
     def to(self, device: torch.device | str) -> PackedInputs:
         return PackedInputs(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
@@ -180,18 +197,14 @@ class AuroraOutput(NamedTuple):
     offloaded are accumulated wrongly (tests/test_accumulation.py).
     """
 
-    hidden: Tensor
-    """[B,S,D] final-norm hidden states."""
     answer_logits: Tensor | None
     """[A,V] logits that predict the A labelled tokens of the batch, in row-major order of `labels`."""
     answer_labels: Tensor | None
     """int64 [A]"""
     seg_features: Tensor
-    """[B,C] projected hidden state AT [SEG] (f_s of eq. 2); zeros where `has_seg` is False."""
-    has_seg: Tensor
-    """bool [B]"""
+    """[Q,C] projected hidden state AT [SEG] (f_s of eq. 2)."""
     mask_logits: Tensor | None
-    """[B,T,h4,w4] SAM's low-resolution mask logits (4 x the embedding grid, still padded); None if not decoded."""
+    """[Q,T or k,4h,4w] low-resolution mask logits, still padded; None without image embeddings."""
 
 
 @dataclass
@@ -205,16 +218,13 @@ class GroupInputs:
     there if it is [SEG]: nothing else reads its hidden state."""
     targets: Tensor
     """int64 [R,L]: the answer's token that each position predicts, IGNORE elsewhere."""
-    seg_positions: Tensor
-    """int64 [R]: where `token_ids` holds the answer's last [SEG], -1 without one."""
+    answer_of_query: Tensor
+    """int64 [Q]: the answer that asks for a mask, in rising order."""
+    position_of_query: Tensor
+    """int64 [Q]: where `token_ids` holds its [SEG]."""
     group: int
     temperature: float
     """The logits are divided by it, as in sampling."""
-
-    @property
-    def has_seg(self) -> Tensor:
-        """bool [R]"""
-        return self.seg_positions >= 0
 
     @property
     def mask(self) -> Tensor:
@@ -230,11 +240,9 @@ class GroupOutput(NamedTuple):
     entropy: Tensor
     """float32 [R,L]: of the distributions they come from, without gradient, 0 where there is none."""
     seg_features: Tensor
-    """[R,C] projected hidden state AT the last [SEG]; zeros without one."""
-    has_seg: Tensor
-    """bool [R]"""
+    """[Q,C] projected hidden state AT [SEG]."""
     mask_logits: Tensor | None
-    """[R,T or k,4h,4w] low-resolution mask logits; None without image embeddings."""
+    """[Q,T or k,4h,4w] low-resolution mask logits; None without image embeddings."""
 
 
 @dataclass
@@ -247,20 +255,25 @@ class StepLoss:
 
 @dataclass
 class Generation:
-    """One sampled or greedy answer per prompt."""
+    """R sampled or greedy answers."""
 
     token_ids: list[Tensor]
     """Answer ids, <|im_end|> included if it was reached."""
     texts: list[str]
     """Decoded answers without <|im_end|>."""
     seg_hidden: Tensor
-    """[B,D] final-norm hidden state at the last [SEG], captured as it was produced; zeros without one."""
-    has_seg: Tensor
-    """bool [B]"""
+    """[Q,D] final-norm hidden state at each query's [SEG], captured as it was produced."""
+    answer_of_query: Tensor
+    """int64 [Q]: the answer that asks for a mask, in rising order."""
     truncated: Tensor
-    """bool [B]: stopped by the length limit before <|im_end|>."""
+    """bool [R]: stopped by the length limit before <|im_end|>."""
     log_probs: list[Tensor] | None = None
     """Per answer [L] float32 log-probabilities of the drawn tokens under the sampling distribution."""
+
+    @property
+    def has_seg(self) -> Tensor:
+        """bool [R]: whether the answer asks for a mask."""
+        return _asked(self.answer_of_query, len(self.texts))
 
 
 @dataclass
@@ -273,5 +286,9 @@ class Prediction:
     class_name: str | None
     """X of "the target is X", or None if it cannot be parsed."""
     mask_logits: Tensor
-    """float32 [T,H,W] at native size; a failed generation (no [SEG]) holds a large negative constant."""
+    """float32 [T,H,W] at native size; a failed generation (no [SEG]) holds EMPTY_LOGIT."""
     has_seg: bool
+
+
+def _asked(answer_of_query: Tensor, answers: int) -> Tensor:
+    return torch.zeros(answers, dtype=torch.bool, device=answer_of_query.device).index_fill(0, answer_of_query, True)

@@ -6,8 +6,8 @@
               seg_head.safetensors, trained.json  text_hidden_fcs; settings
     both      sam.json, README.md                 sizes of a SAM that is not a released one; the model card
 
-`AuroraModel.from_pretrained` reads both, and so does `eval.checkpoint` (`trained.read_trained`). A light one serves as
-`init_from` and `sft.teacher_checkpoint`, too; a merged folder is base, SAM and checkpoint at once. A LoRA update is
+`from_pretrained` reads both, and so does `eval.checkpoint` (`trained.read_trained`). A light one serves as `init_from`
+and `sft.teacher_checkpoint`, too; a merged folder is base, SAM and checkpoint at once. A LoRA update is
 added to its weight in float32 and rounded once to the stored type, so in float32 the two exports agree to rounding, in
 bf16 to one unit in the last place of the adapted weights.
 """
@@ -27,9 +27,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from configs.schema import ModelConfig, RunConfig, TrainableConfig
-from model.aurora.adapters import SEG_HEAD, apply_trainable, is_adapter
+from model.aurora.build import backbone_kind, build_sam
 from model.aurora.model import AuroraModel
 from model.aurora.sampling import GENERATION_CONFIG, read_generation_defaults
+from model.aurora.trainable import SEG_HEAD, apply_trainable, is_adapter
 from model.aurora.trained import (
     SEGMENTER,
     SETTINGS,
@@ -40,8 +41,8 @@ from model.aurora.trained import (
     write_settings,
     write_trained,
 )
-from model.backbones.videollama2.weights import load_backbone, save_state
-from model.segmenters.sam import SAM_SIZES, build_segmenter
+from model.backbones.videollama2.weights import save_state
+from model.segmenters.sam import SAM_SIZES
 from utils.errors import DataError, WeightsError
 from utils.tables import text
 from utils.tensor_files import read_json, write_safetensors
@@ -114,9 +115,8 @@ def from_pretrained(
     trained = read_trained(folder)
     origin = resolve_origin(trained, base, sam_checkpoint)
     dtype = next(iter(trained.tensors.values())).dtype if dtype is None else dtype
-    backbone, _ = load_backbone(origin.base, dtype, attention or origin.attention, device)
-    segmenter = build_segmenter(origin.sam_type, origin.sam_image_size, origin.sam_checkpoint)
-    model = AuroraModel(backbone, segmenter, trained.seg_token_id)
+    backbone, _ = backbone_kind(origin.base).load(origin.base, dtype, attention or origin.attention, device)
+    model = AuroraModel(backbone, build_sam(origin), trained.seg_token_id)
     apply_trainable(model, trained.trainable)
     load_trained(model, trained)
     model.origin = origin

@@ -70,6 +70,7 @@ class Sampling:
         Returns:
             float32 [R,V], -inf for words that cannot be drawn. Greedy choice (temperature 0) reports the uncut softmax.
         """
+        # The order of transformers' `generate`: the penalty bends logits, temperature scales them, both cuts come last.
         steps = LogitsProcessorList()
         if self.repetition_penalty != 1 and answers.shape[1]:
             steps.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
@@ -85,6 +86,7 @@ class Sampling:
         """[R,V] log-probabilities -> [R] token ids."""
         if self.temperature == 0:
             return log_probs.argmax(-1)
+        # Drawn where the generator lives: the same seed then gives the same words on every device.
         probabilities = log_probs.exp()
         if self.generator is not None:
             probabilities = probabilities.to(self.generator.device)

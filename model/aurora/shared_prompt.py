@@ -51,7 +51,14 @@ AttentionInterface.register(ATTENTION, shared_prompt_attention)
 AttentionMaskInterface.register(ATTENTION, AttentionMaskInterface()["sdpa"])
 
 
-def score_answers(decoder: PreTrainedModel, prompts: Tensor, known: Tensor, answers: Tensor, group: int) -> Tensor:
+def score_answers(
+    decoder: PreTrainedModel,
+    prompts: Tensor,
+    known: Tensor,
+    answers: Tensor,
+    group: int,
+    positions: Tensor | None = None,
+) -> Tensor:
     """Final-norm hidden states of R answers behind B prompts, each prompt read once.
 
     Args:
@@ -60,6 +67,7 @@ def score_answers(decoder: PreTrainedModel, prompts: Tensor, known: Tensor, answ
         known: bool [B,P], False at padding.
         answers: [R,L,D] embeddings, right padded; row b * G + g stands behind prompt b.
         group: G.
+        positions: int64 [B,P], or [3,B,P] for a decoder with three position rows; None = 0..P-1.
 
     Returns:
         [R,L,D]; the states of padding mean nothing.
@@ -69,17 +77,17 @@ def score_answers(decoder: PreTrainedModel, prompts: Tensor, known: Tensor, answ
     """
     if decoder.training:
         raise RuntimeError("a group is scored in eval mode; call model.eval() and stay there until after backward")
-    clips, length, device = len(prompts), answers.shape[1], prompts.device
+    clips, length = len(prompts), answers.shape[1]
     packed = PackedAnswers.of(known, length, group)
+    positions, following = _positions(known, positions)
     # Every answer continues the prompt's positions, as if it were the only one.
-    behind = known.sum(1)[:, None] + torch.arange(length, device=device).repeat(group)  # [B,G*L]
-    positions = torch.cat([torch.arange(known.shape[1], device=device).expand(clips, -1), behind], dim=1)
+    behind = following + torch.arange(length, device=prompts.device).repeat(group)  # [...,B,G*L]
     row = torch.cat([prompts, answers.reshape(clips, group * length, -1)], dim=1)
     with _checkpointed_in_eval_mode(decoder):
         hidden = decoder(
             inputs_embeds=row,
             attention_mask=packed.mask,
-            position_ids=positions,
+            position_ids=torch.cat([positions, behind], dim=-1),
             use_cache=False,
             shared_prompt=packed,
         ).last_hidden_state
@@ -147,19 +155,26 @@ class PromptCache:
         known: bool [B,P], False at padding.
         group: G.
         longest: tokens of an answer, at most.
+        positions: as for `score_answers`.
     """
 
     def __init__(
-        self, decoder: PreTrainedModel, prompts: Tensor, known: Tensor, group: int, longest: int
+        self,
+        decoder: PreTrainedModel,
+        prompts: Tensor,
+        known: Tensor,
+        group: int,
+        longest: int,
+        positions: Tensor | None = None,
     ) -> None:
         self.decoder, self.group, self.longest = decoder, group, longest
         self.hidden_keys = None if bool(known.all()) else ~known[:, None, None]  # [B,1,1,P]
         self.prompts: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> [B,hk,P,d] twice
         self.answers: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> [B,hk,G,longest,d] twice
         self.length = 0
-        self.next_position = known.sum(1)[:, None]  # [B,1]
+        positions, self.next_position = _positions(known, positions)  # the second [...,B,1]
         # A valid query never sees the padding behind it, so the prompt needs the causal mask alone.
-        self._run(prompts, torch.arange(known.shape[1], device=known.device).expand(len(known), -1))
+        self._run(prompts, positions)
 
     def append(self, words: Tensor) -> Tensor:
         """Read one more token of every answer.
@@ -170,8 +185,8 @@ class PromptCache:
         Returns:
             [R,D] final-norm hidden states at that token.
         """
-        clips = len(self.next_position)
-        hidden = self._run(words.view(clips, self.group, -1), self.next_position.expand(-1, self.group))
+        positions = self.next_position.expand(*self.next_position.shape[:-1], self.group)
+        hidden = self._run(words.unflatten(0, (-1, self.group)), positions)
         self.length += 1
         self.next_position = self.next_position + 1
         return hidden.flatten(0, 1)
@@ -212,6 +227,13 @@ class PromptCache:
         found = (weights[..., :prompt].flatten(2, 3) @ prompt_values).unflatten(2, (self.group, -1))
         found = found + weights[..., prompt:] @ values  # [B,hk,G,q,d]
         return found.transpose(1, 2).flatten(2, 3)
+
+
+def _positions(known: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Positions [...,B,P] of prompts, and [...,B,1] the position behind each."""
+    if positions is None:
+        positions = torch.arange(known.shape[1], device=known.device).expand(len(known), -1)
+    return positions, positions.masked_fill(~known, -1).amax(-1, keepdim=True) + 1
 
 
 @contextmanager

@@ -29,9 +29,8 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig, TrainableConfig
-from model.aurora.adapters import MASK_DECODER, SEG_HEAD, is_adapter
 from model.aurora.model import AuroraModel
-from model.aurora.prompter import QUERIES
+from model.aurora.trainable import MASK_DECODER, QUERIES, SEG_HEAD, is_adapter
 from utils.errors import WeightsError
 from utils.files import file_digest, write_json
 from utils.tensor_files import load_safetensors, write_safetensors

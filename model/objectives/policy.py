@@ -1,7 +1,7 @@
 """Group-relative policy optimisation as pure functions: advantages, clipped surrogate, KL, token log-probabilities.
 
 Paper section 3.3, eq. 4 and 5. Notation: R = B * G answers of at most L tokens, answer a belongs to clip a // G; `mask`
-is True at the tokens of an answer. Everything is float32. The published code has neither ratio nor clipping nor KL
+is True at the tokens of an answer. Everything is float32. The released code has neither ratio nor clipping nor KL
 (LISA_grpo.py:571-575) and reads log-probabilities at positions of another sequence (LISA_grpo.py:252-263).
 """
 
@@ -37,7 +37,7 @@ class GroupAdvantages:
 def group_advantages(rewards: Tensor, group: int, kind: Advantage = "std", eps: float = 1e-4) -> GroupAdvantages:
     """Advantages of R answers within their groups.
 
-        std            (r - mean) / (std + eps)                   eq. 4; unbiased std, published code LISA_grpo.py:569
+        std            (r - mean) / (std + eps)                   eq. 4; unbiased std, released code LISA_grpo.py:569
         mean           r - mean                                   no bias towards groups that nearly agree
         leave_one_out  r - mean of the other answers = G/(G-1) * (r - mean)
 
@@ -58,6 +58,7 @@ def group_advantages(rewards: Tensor, group: int, kind: Advantage = "std", eps: 
     if kind not in ("std", "mean", "leave_one_out"):
         raise ValueError(f"advantage = {kind!r}: must be std, mean or leave_one_out")
     grouped = rewards.float().view(-1, group)
+    # Found by comparison, not by a std of 0: the rounding of a mean leaves a residue, which eps would not drown.
     equal = (grouped == grouped[:, :1]).all(1)
     centred = (grouped - grouped.mean(1, keepdim=True)).masked_fill(equal[:, None], 0)
     std = grouped.std(1).masked_fill(equal, 0)
@@ -95,10 +96,12 @@ def clipped_surrogate(log_probs: Tensor, old: Tensor, advantages: Tensor, eps: f
             f"log_probs {tuple(log_probs.shape)}, old {tuple(old.shape)}, advantages {tuple(advantages.shape)}: "
             "[R,L], [R,L] and [R] are needed"
         )
+    # Exactly 1 in the first update, where this is REINFORCE with a baseline; the gradient is that of log_probs.
     ratio = (log_probs - old).exp()
     weight = advantages[:, None]
     free = ratio * weight
     bound = ratio.clamp(1 - eps, 1 + eps_high) * weight
+    # The smaller one: a step is never rewarded for leaving the range, but is always pulled back into it.
     return Surrogate(-torch.minimum(free, bound), bound < free)
 
 
@@ -125,7 +128,7 @@ def policy_mean(per_token: Tensor, mask: Tensor, kind: Normalisation) -> Tensor:
     """
     if kind not in ("sequence", "token"):
         raise ValueError(f"normalisation = {kind!r}: must be sequence or token")
-    kept = per_token.masked_fill(~mask, 0)
+    kept = per_token.masked_fill(~mask, 0)  # not times the mask: 0 * inf at padding would be NaN
     if kind == "token":
         return kept.sum() / mask.sum().clamp(min=1)
     return (kept.sum(1) / mask.sum(1).clamp(min=1)).mean()
@@ -165,6 +168,7 @@ def token_log_probs(
     parts = []
     for states, ids in zip(hidden.split(chunk), token_ids.split(chunk), strict=True):
         if torch.is_grad_enabled():
+            # Recomputed in backward: 156 MB a chunk are less than lm_head's output for every token of every answer.
             parts.append(checkpoint(score, states, ids, use_reentrant=False, preserve_rng_state=False))
         else:
             parts.append(score(states, ids))

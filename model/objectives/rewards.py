@@ -1,6 +1,6 @@
 """Rewards of sampled answers: format, IoU and class (paper section 3.3), and those that a user adds.
 
-| reward | paper | published code | here |
+| reward | paper | released code | here |
 |---|---|---|---|
 | format | 1 if the final sentence is "It is [SEG]" | ends with "It is [SEG]." | the paper's, see `utils.answers.well_formed`; the full stop is optional |
 | iou | IoU of predicted and true mask | mean over frames; empty truth: share of true negatives | the same (J of `utils.metrics`), 0 without [SEG] |
@@ -176,6 +176,7 @@ def frame_iou(logits: Tensor, masks: Tensor) -> float:
     if logits.shape != masks.shape:
         raise ValueError(f"logits {tuple(logits.shape)} against masks {tuple(masks.shape)}")
     predicted, truth = logits.float().sigmoid().flatten(1) > 0.5, masks.flatten(1)
+    # The clamp only guards empty frames, whose score is taken from `empty` below.
     both, either = (predicted & truth).sum(1), (predicted | truth).sum(1)
     iou = both / either.clamp(min=1)
     empty = (~predicted).float().mean(1)

@@ -1,14 +1,14 @@
-"""SAM as AURORA uses it: frames are encoded once, and one prompt a clip is decoded for all of its frames.
+"""SAM as AURORA uses it: frames are encoded once, and a prompt is decoded for all frames of its clip.
 
 The classes and the weights are those of the `segment_anything` package, which is never edited. This adapter adds what
 the package leaves to its caller:
 
 * any image size: every grid and table follows from `image_size`, and a checkpoint made at another size (1024) has its
-  position tables resampled. The published code works at 224 with the same bicubic resampling, but writes 224 and 14
-  into the package (published code segment_anything/modeling/image_encoder.py:56, prompt_encoder.py:183 and 218);
-* a strict load: each missing, unexpected or misshapen key is named (published code build_sam.py:161: strict=False);
-* one decoder call for B clips of T frames. `MaskDecoder.predict_masks` repeats every image for every prompt (B*T
-  images x B prompts), so `Segmenter.decode` feeds the same transformer and upscaling modules without that repeat.
+  position tables resampled. The released code works at 224 with the same bicubic resampling, but writes 224 and 14
+  into the package (released code segment_anything/modeling/image_encoder.py:56, prompt_encoder.py:183 and 218);
+* a strict load: each missing, unexpected or misshapen key is named (released code build_sam.py:161: strict=False);
+* one decoder call for Q prompts on T frames. `MaskDecoder.predict_masks` repeats every image for every prompt (Q*T
+  images x Q prompts), so `Segmenter.decode` feeds the same transformer and upscaling modules without that repeat.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.segmenters.base import Segmenter
 from model.segmenters.sam_weights import read_sam_file, refuse_sam, resample_position_tables
 from utils.errors import ConfigError, Problem
 
@@ -86,12 +87,14 @@ SAM_SIZES = {
 """The released sizes (segment_anything/build_sam.py:14-45)."""
 
 
-class Segmenter(nn.Module):
-    """A frozen image encoder and a promptable mask decoder, batched over clips and frames."""
+class SamSegmenter(Segmenter):
+    """SAM, batched over queries and frames."""
 
+    components = ("sam.image_encoder", "sam.prompt_encoder", "sam.mask_decoder")
+    no_gradient = ("sam.image_encoder", "sam.prompt_encoder")
     dense_pe: Tensor
 
-    def __init__(self, sam: Sam, sizes: SamSizes):
+    def __init__(self, sam: Sam, sizes: SamSizes) -> None:
         super().__init__()
         self.sam = sam
         self.sizes = sizes
@@ -102,12 +105,10 @@ class Segmenter(nn.Module):
 
     @property
     def image_size(self) -> int:
-        """Z: side of the padded square input, in pixels."""
         return self.sam.image_encoder.img_size
 
     @property
     def prompt_width(self) -> int:
-        """C: width of a prompt."""
         return self.sizes.prompt_width
 
     @property
@@ -136,19 +137,27 @@ class Segmenter(nn.Module):
         chunks = [self.sam.image_encoder(chunk) for chunk in frames.split(self.frames_per_chunk)]
         return torch.cat(chunks).unflatten(0, sam_pixels.shape[:2])
 
-    def decode(self, image_embeddings: Tensor, prompts: Tensor) -> Tensor:
-        """Decode one prompt a clip on each of its frames: [B,T,C,h,w], [B,C] -> low-resolution logits [B,T,4h,4w].
+    def decode(
+        self,
+        image_embeddings: Tensor,
+        prompts: Tensor,
+        clip_of_query: Tensor | None = None,
+        frame_index: Tensor | None = None,
+    ) -> Tensor:
+        """[B,T,C,h,w], [Q,C] -> low-resolution logits [Q,T or k,4h,4w]; see `model.segmenters.base.Segmenter`.
 
-        One pass of the decoder for all B*T frames, with the package's own modules; equal to calling
+        One pass of the decoder for all Q*T frames, with the package's own modules; equal to calling
         `sam.mask_decoder(frame, dense_pe, prompt, no_mask, multimask_output=False)` for one frame after another
-        (paper section 3.1: the [SEG] feature is the visual prompt; published code LISA_sft_distill.py:353-375).
+        (paper section 3.1: the [SEG] feature is the visual prompt; released code LISA_sft_distill.py:353-375).
         """
-        clips, frames = image_embeddings.shape[:2]
-        if prompts.shape != (clips, self.prompt_width):
-            raise ValueError(f"prompts has shape {tuple(prompts.shape)}, expected {(clips, self.prompt_width)}")
+        clips = torch.arange(len(image_embeddings), device=prompts.device) if clip_of_query is None else clip_of_query
+        if prompts.shape != (len(clips), self.prompt_width):
+            raise ValueError(f"prompts has shape {tuple(prompts.shape)}, expected {(len(clips), self.prompt_width)}")
+        chosen = image_embeddings[clips] if frame_index is None else image_embeddings[clips[:, None], frame_index]
+        queries, frames = chosen.shape[:2]
         decoder = self.sam.mask_decoder
-        images = image_embeddings.flatten(0, 1).to(self.dtype)
-        prompt_tokens = prompts.to(self.dtype).repeat_interleave(frames, 0)[:, None]  # [B*T,1,C]
+        images = chosen.flatten(0, 1).to(self.dtype)
+        prompt_tokens = prompts.to(self.dtype).repeat_interleave(frames, 0)[:, None]  # [Q*T,1,C]
         # Looked up instead of read as weights: ZeRO-3 gathers a parameter when its own module is called.
         row = torch.arange(decoder.num_mask_tokens, device=prompts.device)
         output_tokens = torch.cat([decoder.iou_token(row[:1]), decoder.mask_tokens(row)])
@@ -159,8 +168,8 @@ class Segmenter(nn.Module):
         token_states, image_states = decoder.transformer(images + no_mask, positions, tokens)
         upscaled = decoder.output_upscaling(image_states.transpose(1, 2).unflatten(2, images.shape[-2:]))
         mask_token = token_states[:, 1]  # index 0 is the IoU token; 1 is the mask token of multimask_output=False
-        weights = decoder.output_hypernetworks_mlps[0](mask_token)  # [B*T,C/8]
-        return torch.einsum("nc,nchw->nhw", weights, upscaled).unflatten(0, (clips, frames))
+        weights = decoder.output_hypernetworks_mlps[0](mask_token)  # [Q*T,C/8]
+        return torch.einsum("nc,nchw->nhw", weights, upscaled).unflatten(0, (queries, frames))
 
     def upscale(self, logits: Tensor, sam_size: tuple[int, int], out_size: tuple[int, int]) -> Tensor:
         """Low-resolution logits [T,4h,4w] of one clip -> float32 logits [T,*out_size], bilinear.
@@ -173,12 +182,12 @@ class Segmenter(nn.Module):
         return F.interpolate(inside, tuple(out_size), mode="bilinear", align_corners=False)[:, 0]
 
 
-def build_segmenter(sam_type: str, image_size: int, checkpoint: str | Path | None = None) -> Segmenter:
+def build_segmenter(sam_type: str, image_size: int, checkpoint: str | Path | None = None) -> SamSegmenter:
     """Build SAM and load its weights.
 
     Args:
         sam_type: vit_h, vit_l, vit_b, or the path of a JSON with the fields of `SamSizes`.
-        image_size: Z, side of the square input in pixels (1024 as released, 224 in the published AURORA code).
+        image_size: Z, side of the square input in pixels (1024 as released, 224 in the released AURORA code).
         checkpoint: .pth or .safetensors with the released key names, at this or another image size; None = random.
 
     Raises:
@@ -192,13 +201,13 @@ def build_segmenter(sam_type: str, image_size: int, checkpoint: str | Path | Non
     if image_size <= 0 or image_size % sizes.patch_size:
         rule = f"must be a multiple of SAM's patch, {sizes.patch_size}"
         raise ConfigError([Problem("model.sam_image_size", image_size, rule, "use 1024 or 224 with the released SAM")])
-    segmenter = Segmenter(assemble_sam(sizes, image_size), sizes)
+    segmenter = SamSegmenter(assemble_sam(sizes, image_size), sizes)
     if checkpoint is not None:
         load_sam_weights(segmenter, checkpoint)
     return segmenter.eval()
 
 
-def load_sam_weights(segmenter: Segmenter, checkpoint: str | Path) -> None:
+def load_sam_weights(segmenter: SamSegmenter, checkpoint: str | Path) -> None:
     """Load released SAM weights strictly, resampling the position tables where the image size differs.
 
     Raises:
@@ -253,7 +262,7 @@ def assemble_sam(sizes: SamSizes, image_size: int) -> Sam:
     )
 
 
-def _refresh_dense_pe(segmenter: Segmenter, incompatible_keys: object = None) -> None:
+def _refresh_dense_pe(segmenter: SamSegmenter, incompatible_keys: object = None) -> None:
     """Recompute the positional encoding after the random matrix behind it was loaded."""
     matrix = segmenter.sam.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
     if matrix.dtype == torch.float32 and not matrix.is_meta:
