@@ -38,9 +38,9 @@ from model.backbones.videollama2.weights import (  # noqa: E402
     moved_component,
     released_keys,
 )
-from model.segmenters.sam import SAM_SIZES, build_segmenter  # noqa: E402
-from model.segmenters.sam_weights import (  # noqa: E402
+from model.segmenters.sam import (  # noqa: E402
     POSITION_TABLE,
+    build_segmenter,
     position_tables,
     read_sam_file,
     recognise,
@@ -153,7 +153,7 @@ def check_tokenizer(options: argparse.Namespace) -> list[str]:
 def check_sam(options: argparse.Namespace) -> list[str]:
     """Keys of SAM's three parts, the tables that would be resampled, and its values."""
     state = read_sam_file(options.sam)
-    kind = options.sam_type or recognise(state, SAM_SIZES)
+    kind = options.sam_type or recognise(state)
     if kind is None:
         return [f"{options.sam}: no released SAM has these sizes; give --sam-type"]
     with torch.device("meta"):
@@ -171,9 +171,9 @@ def check_sam(options: argparse.Namespace) -> list[str]:
     if moved:
         grids = [tuple(x[POSITION_TABLE].shape[1:3]) for x in (state, expected) if POSITION_TABLE in x]
         print(f"  {len(moved)} position tables are resampled: grid {' -> '.join(map(str, grids))}, bicubic")
-    problems = sam_problems(state, expected, segmenter.sizes)
+    problems = sam_problems(state, segmenter)
     print_list(problems, options.all)
-    guess = recognise(state, SAM_SIZES)
+    guess = recognise(state)
     found = [f"{len(problems)} keys do not fit {kind}" + (f"; the file holds {guess}" if guess else "")]
     values = [] if options.meta else [problem for item in state.items() for problem in value_problems(*item)]
     return found * (len(problems) > 0) + values

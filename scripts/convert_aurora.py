@@ -44,8 +44,7 @@ from model.aurora.build import build_meta_model  # noqa: E402
 from model.aurora.trainable import MASK_DECODER, NO_GRADIENT, SEG_HEAD  # noqa: E402
 from model.aurora.trained import SEGMENTER, Trained, below_adapters, check_fit, write_trained  # noqa: E402
 from model.backbones.videollama2.weights import Checkpoint, from_released, to_released  # noqa: E402
-from model.segmenters.sam import SAM_SIZES  # noqa: E402
-from model.segmenters.sam_weights import read_sam_file, refuse_sam, resample_position_tables  # noqa: E402
+from model.segmenters.sam import read_sam  # noqa: E402
 from utils.config import load_config, save_config  # noqa: E402
 from utils.errors import WeightsError, run_command  # noqa: E402
 from utils.files import write_json  # noqa: E402
@@ -91,9 +90,7 @@ def convert(options: argparse.Namespace) -> None:
     released = read_released(options.file)
     none = config.trainable.model_copy(update={"lora_rank": 0, "lora_targets": (), "full": (), "seg_rows_only": False})
     plain = build_meta_model(config.model_copy(update={"trainable": none}), seg_token_id=seg_id)
-    sam, wanted = read_sam_file(options.sam), plain.segmenter.sam.state_dict()
-    refuse_sam(sam, wanted, plain.segmenter.sizes, SAM_SIZES, options.sam)
-    sam = resample_position_tables(sam, wanted, plain.segmenter.sizes.global_blocks)
+    sam = read_sam(plain.segmenter, options.sam)
     names = {name: tuple(tensor.shape) for name, tensor in plain.state_dict().items()}
     report = Report()
     kept = changed_tensors(released, Checkpoint(options.base), sam, names, report)

@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.backbones.videollama2.weights import check_keys, load_backbone, moved_component, released_keys
-from model.segmenters.sam import SAM_SIZES, SamSizes, assemble_sam, build_segmenter
-from model.segmenters.sam_weights import recognise
+from model.segmenters.sam import SAM_SIZES, SamSizes, assemble_sam, build_segmenter, recognise
 from scripts.check_weights import main
 from tests.conftest import TINY
 from tests.data_builders import write_tokenizer
@@ -158,7 +157,7 @@ def test_sam_of_another_size_is_recognised(tmp_path: Path, capsys: pytest.Captur
     """The message names what the file is; ViT-B has the fewest weights to write."""
     file = tmp_path / "sam.safetensors"
     save_file(assemble_sam(SAM_SIZES["vit_b"], 32).state_dict(), file)
-    assert recognise(load_file(file), SAM_SIZES) == "vit_b"
+    assert recognise(load_file(file)) == "vit_b"
     assert main(["--sam", str(file), "--sam-image-size", "32"]) == 0
     assert main(["--sam", str(file), "--sam-type", "vit_l", "--meta"]) == 1
     assert "keys do not fit vit_l; the file holds vit_b" in capsys.readouterr().out
