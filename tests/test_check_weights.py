@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -117,23 +116,14 @@ def test_everything_under_another_prefix_is_recognised() -> None:
     assert len(hints) == 6 and "under 'base_model.model.model.mm_projector_a.'" in " ".join(hints)
 
 
-@pytest.mark.parametrize("fault", ["missing shard", "truncated", "shape", "nan", "tokenizer", "rows", "code"])
+@pytest.mark.parametrize("fault", ["truncated", "nan", "tokenizer", "rows", "code"])
 def test_faults_are_named_and_the_status_is_1(
     fault: str, folder: Path, stored: dict[str, Tensor], capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = folder / "model.safetensors"
-    if fault == "missing shard":
-        names = sorted(stored)
-        weights.rename(folder / "model-00001-of-00002.safetensors")
-        index = {"weight_map": {k: f"model-0000{1 + (k == names[-1])}-of-00002.safetensors" for k in names}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        words = "model-00002-of-00002.safetensors: shard missing.*download the missing shards"
-    elif fault == "truncated":
+    if fault == "truncated":
         weights.write_bytes(weights.read_bytes()[:-100])
         words = "model.safetensors: damaged or truncated.*download it again"
-    elif fault == "shape":
-        save_file(stored | {"lm_head.weight": torch.zeros(599, 64)}, weights)
-        words = r"shape: lm_head.weight is \(599, 64\), the config asks for \(600, 64\)"
     elif fault == "nan":
         save_file(stored | {"model.norm.weight": torch.full((64,), torch.inf)}, weights)
         words = "model.norm.weight holds NaN or infinity"

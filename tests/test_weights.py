@@ -202,7 +202,8 @@ def test_tolerated_keys_are_reported(folder: Path, stored: dict[str, Tensor]) ->
 
 def test_missing_shard_is_named(folder: Path, stored: dict[str, Tensor]) -> None:
     write_sharded(folder, stored)[1].unlink()
-    with pytest.raises(TensorFileError, match="model-00002-of-00003.safetensors: shard missing"):
+    words = r"(?s)model-00002-of-00003.safetensors: shard missing \(1 of 3.*Remedy: download the missing shards"
+    with pytest.raises(TensorFileError, match=words):
         load_backbone(folder)
 
 
@@ -210,7 +211,7 @@ def test_missing_shard_is_named(folder: Path, stored: dict[str, Tensor]) -> None
 def test_truncated_shard_is_named(folder: Path, stored: dict[str, Tensor], suffix: str) -> None:
     shard = write_sharded(folder, stored, suffix)[2]
     shard.write_bytes(shard.read_bytes()[:-1000])
-    with pytest.raises(TensorFileError, match=f"{shard.name}.*truncated"):
+    with pytest.raises(TensorFileError, match=f"{shard.name}.*truncated.*Remedy: download it again"):
         load_backbone(folder)
 
 
