@@ -65,10 +65,10 @@ def run(config: RunConfig, fresh: bool = False) -> None:
     from dataset.build import build_processor, training_batches, training_clips
     from dataset.prompt import load_tokenizer
     from dataset.references import build_prompts
-    from model.aurora.adapters import component_counts, format_counts, total_count
     from model.aurora.build import build_model
+    from model.aurora.trainable import component_counts, format_counts, total_count
     from model.aurora.trained import save_trained
-    from model.stages.base import build_stage
+    from model.stages import build_stage
     from utils import checkpoint, distributed
     from utils.engine import build_engine
     from utils.log import RunLog, setup_logging

@@ -180,8 +180,7 @@ def predictor(
 ) -> Callable[[Batch], list[Prediction]]:
     """Batch -> predictions: generated answers, or true answers read as they stand."""
     from model.aurora.features import FeatureCache
-    from model.aurora.given import predict_given
-    from model.aurora.inference import predict
+    from model.aurora.inference import predict, predict_given
 
     def predict_batch(batch: Batch) -> list[Prediction]:
         # Clips repeat within a batch. Memory that outlived it would grow with the split; files may stay.

@@ -21,7 +21,8 @@ from dataset.prompt import Prompts, load_tokenizer
 from dataset.refavs import RefAvsIndex
 from model.aurora.build import build_model
 from model.aurora.trained import save_trained
-from model.stages.base import build_stage, draw_frames
+from model.stages import build_stage
+from model.stages.base import draw_frames
 from model.stages.grpo import judge
 from tests.aurora_cases import SEG, tiny_batch, tiny_model, tiny_sample
 from tests.avsbench_cases import FRAMES, MS3, S4, write_v1, write_v2
@@ -126,8 +127,9 @@ def test_only_annotated_frames_are_trained_rewarded_and_scored() -> None:
     assert draw_frames(batch, None, torch.device("cpu"))[0].tolist() == [1]
     model = tiny_model()
     width = model.backbone.language_model.config.hidden_size
-    hidden, yes = torch.randn(2, width, generator=torch.Generator().manual_seed(0)), torch.tensor([True, True])
-    answers = Generation([torch.tensor([SEG])] * 2, ["[SEG]"] * 2, hidden, yes, ~yes)
+    hidden = torch.randn(2, width, generator=torch.Generator().manual_seed(0))
+    whole_answers = torch.zeros(2, dtype=torch.bool)
+    answers = Generation([torch.tensor([SEG])] * 2, ["[SEG]"] * 2, hidden, torch.arange(2), whole_answers)
     ious = []
     for frame in (1, 0, 1):  # the second time an unannotated frame has been changed, the third time an annotated one
         with torch.no_grad():

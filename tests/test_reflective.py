@@ -15,9 +15,9 @@ from dataset.build import training_batches, training_clips
 from dataset.prompt import Prompts, load_tokenizer
 from dataset.refavs import RefAvsIndex
 from dataset.reflective import TRIGGERS, build_path, read_reflective, trigger, without_seg, write_reflective
-from model.backbones.videollama2.splice import ignore_before, splice
-from model.stages.base import build_stage
-from model.stages.reflective import ReflectiveStage
+from model.backbones.videollama2.splice import splice
+from model.stages import build_stage
+from model.stages.reflective import ReflectiveStage, ignore_before
 from scripts import build_reflective
 from tests.aurora_cases import WHOLE, run_config, three_clips, tiny_batch, tiny_model, tiny_sample
 from tests.data_builders import ROWS, write_lines, write_tokenizer, write_world
