@@ -67,7 +67,7 @@ def evaluated_config(path: str, overrides: list[str]) -> tuple[RunConfig, str]:
 if __name__ == "__main__":
     PARSED = parse()  # --help and every error of the configuration come before what follows, which takes seconds
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -76,11 +76,10 @@ from transformers import PreTrainedTokenizerBase
 from dataset.build import build_index, build_processor
 from dataset.clips import ClipDataset, ClipSettings
 from dataset.collate import build_loader
-from dataset.cot import CotRecord, read_cot
+from dataset.cot import read_cot
 from dataset.media import read_frames
 from dataset.mini.language import chain_is_faithful
-from dataset.prompt import NEED_REASONING, AnswerKind, Prompts, load_tokenizer
-from dataset.refavs import Row
+from dataset.prompt import NEED_REASONING, load_tokenizer
 from dataset.references import build_prompts
 from model.aurora.build import build_model
 from model.aurora.features import FeatureCache
@@ -123,9 +122,13 @@ def run(config: RunConfig, stage: str) -> dict[str, Any]:
     facts = evaluation_facts(config, stage, find_trained(str(config.eval.checkpoint)), index.table)
     # The teacher reads true answers; some are made from reasoning records, which only the mini world has for tests.
     known = read_cot(config.data.cot, index) if given in NEED_REASONING else {}
-    true_answer = partial(answer_of, prompts, known, given) if given else None
-    predict_batch = predictor(model, tokenizer, config.eval, true_answer)
-    if true_answer is None and distributed.is_main():
+
+    def true_answer(sample: Sample) -> str:
+        record = known.get(sample.row)
+        return prompts.answer_text(given, sample.class_name, None if record is None else record.reasoning)
+
+    predict_batch = predictor(model, tokenizer, config.eval, true_answer if given else None)
+    if given is None and distributed.is_main():
         logger.info("answers are drawn %s", model.generation_defaults.greedy(config.eval.repetition_penalty))
 
     scores = {}
@@ -134,8 +137,20 @@ def run(config: RunConfig, stage: str) -> dict[str, Any]:
         if config.eval.limit is not None:
             rows = [rows[i] for i in evenly(len(rows), min(config.eval.limit, len(rows)))]
         clips = ClipDataset(index, rows, processor, prompts, known, settings)
+        numbers = tuple(row.row for row in rows)
+        task = SplitTask(
+            folder=Path(config.eval.output_dir) / split,
+            split=split,
+            rows=numbers,
+            protocols=config.eval.protocol,
+            batch_size=config.eval.batch_size,
+            facts=facts,
+            pictures=spread(numbers, [row.kind for row in rows], config.eval.pictures),
+            save_masks=config.eval.save_masks,
+            save_probabilities=config.eval.save_probabilities,
+        )
         scores[split] = evaluate_split(
-            split_task(config, split, rows, facts),
+            task,
             lambda order, clips=clips: build_loader(
                 clips, order, config.eval.batch_size, config.data.num_workers, config.seed
             ),
@@ -153,35 +168,14 @@ def run(config: RunConfig, stage: str) -> dict[str, Any]:
     return scores
 
 
-def split_task(config: RunConfig, split: str, rows: Sequence[Row], facts: dict[str, Any]) -> SplitTask:
-    """What `evaluate_split` needs to know of a split."""
-    numbers = tuple(row.row for row in rows)
-    return SplitTask(
-        folder=Path(config.eval.output_dir) / split,
-        split=split,
-        rows=numbers,
-        protocols=config.eval.protocol,
-        batch_size=config.eval.batch_size,
-        facts=facts,
-        pictures=spread(numbers, [row.kind for row in rows], config.eval.pictures),
-        save_masks=config.eval.save_masks,
-        save_probabilities=config.eval.save_probabilities,
-    )
-
-
-def answer_of(prompts: Prompts, known: Mapping[int, CotRecord], kind: AnswerKind, sample: Sample) -> str:
-    """The true answer of a sample, as text."""
-    record = known.get(sample.row)
-    return prompts.answer_text(kind, sample.class_name, None if record is None else record.reasoning)
-
-
 def predictor(
     model: AuroraModel,
     tokenizer: PreTrainedTokenizerBase,
     settings: EvalConfig,
-    true_answer: Callable[[Sample], str] | None = None,
+    true_answer: Callable[[Sample], str] | None,
 ) -> Callable[[Batch], list[Prediction]]:
     """Batch -> predictions: generated answers, or true answers read as they stand."""
+
     def predict_batch(batch: Batch) -> list[Prediction]:
         # Clips repeat within a batch. Memory that outlived it would grow with the split; files may stay.
         if model.feature_cache.mode != "disk":

@@ -100,7 +100,7 @@ together() {
 }
 
 processes() { if [ "$1" -gt 1 ]; then echo "-m torch.distributed.run --standalone --nproc-per-node $1"; fi; }
-cores=$(nproc) alone=
+cores=$(env -u OMP_NUM_THREADS nproc) alone=
 if [ "$gpus" -gt 1 ] || [ "$cores" -lt 2 ] || command -v nvidia-smi >/dev/null; then alone=yes; fi
 several=$((cores < 4 ? cores : 4)) # of what nothing can run beside
 if [ -n "$alone" ]; then several=$gpus; fi
