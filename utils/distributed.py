@@ -20,6 +20,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from utils.ds import deepspeed
+
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)
@@ -50,7 +52,7 @@ def start(threads: int | None = None) -> torch.device:
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
         device = torch.device("cuda", local)
-    dist.init_process_group("gloo" if device.type == "cpu" else "nccl", timeout=TIMEOUT)
+    deepspeed.init_distributed("gloo" if device.type == "cpu" else "nccl", timeout=TIMEOUT, verbose=False)
     global _patient
     _patient = _Patient.join() if world_size() > 1 else None
     return device
