@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts import summarise
 from scripts.summarise import elapsed
 from tests.ablation_case import COMMON, ROOT, log, make_project
 from tests.evaluation_cases import make_prediction, make_sample
@@ -180,3 +181,23 @@ def test_summary_and_page_of_an_evaluation(tmp_path):
     assert [(row["row"], row["split"]) for row in data["rows"]] == [(1, "test_s"), (9, "test_u"), (17, "test_n")]
     assert data["rows"][2]["said"]["eval"]["strip"] == "eval/test_n/pictures/00017.jpg"
     assert page.count("<figure><img") == 1 and "Probes of sft by question kind" in page
+
+
+def test_summary_of_what_the_steps_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(summarise, "media_of", lambda *_: None)  # the pictures that the evaluations drew are shown
+    first = tmp_path / "eval_sft"
+    evaluation(first, "test_s", 0), evaluation(first, "test_n", 16, class_name="null", empty=True)
+    for name in ("teacher", "reflective", "grpo", "sft_shuffle_audio", "sft_shuffle_video"):
+        shutil.copytree(first, tmp_path / f"eval_{name}")
+    (tmp_path / "steps").mkdir()
+    stamps = {"sft": "key\n10 20.04\n", "eval_sft": "key\n15 30\n", "grpo": "key\n", "sft.log": "a\nb\n"}
+    for name, text in stamps.items():
+        (tmp_path / "steps" / name).write_text(text)
+    assert summarise.main(["--out", str(tmp_path), "--seed", "3"]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [*summary["stages"]] == ["sft", "teacher", "reflective", "grpo"]
+    assert {name: probe["stage"] for name, probe in summary["probes"].items()} == {
+        "shuffle_audio": "sft", "shuffle_video": "sft"
+    }  # fmt: skip
+    assert summary["seconds"] == {"eval_sft": 15.0, "sft": 10.0, "total": 20.0} and summary["config"]["seed"] == 3
+    assert (tmp_path / "index.html").stat().st_size > 10_000

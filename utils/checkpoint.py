@@ -89,11 +89,11 @@ def save_checkpoint(
         distributed.barrier("a folder for the checkpoint")
         engine.save_checkpoint(str(writing), tag=_ENGINE, save_latest=False, exclude_frozen_parameters=True)
         torch.save(distributed.rng_state(), writing / f"rank_{distributed.rank()}.pt")
-        distributed.barrier("saving")
-        # Each process flushes and hashes its share of the files, whoever wrote them.
-        written = sorted(path for path in writing.rglob("*") if path.is_file())
-        mine = {str(path.relative_to(writing)): _facts(path)
-                for path in written[distributed.rank() :: distributed.world_size()]}  # fmt: skip
+        # Each process flushes and hashes its share of the files. A shared disk may show another machine's files late, so
+        # what each sees, its own at least, is put together.
+        seen = [str(path.relative_to(writing)) for path in writing.rglob("*") if path.is_file()]
+        written = sorted({name for one in distributed.gather(seen, "saving") for name in one})
+        mine = {name: _facts(writing / name) for name in written[distributed.rank() :: distributed.world_size()]}
         files = {name: facts for one in distributed.gather(mine, "saving") for name, facts in one.items()}
         if distributed.is_main():
             trainable = [name for name, p in engine.module.named_parameters() if p.requires_grad]
