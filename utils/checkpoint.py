@@ -89,8 +89,8 @@ def save_checkpoint(
         distributed.barrier("a folder for the checkpoint")
         engine.save_checkpoint(str(writing), tag=_ENGINE, save_latest=False, exclude_frozen_parameters=True)
         torch.save(distributed.rng_state(), writing / f"rank_{distributed.rank()}.pt")
-        # Each process flushes and hashes its share of the files. A shared disk may show another machine's files late, so
-        # what each sees, its own at least, is put together.
+        # Each process flushes and hashes its share of the files. A shared disk may show another machine's files late,
+        # so what each process sees, its own files at least, is put together.
         seen = [str(path.relative_to(writing)) for path in writing.rglob("*") if path.is_file()]
         written = sorted({name for one in distributed.gather(seen, "saving") for name in one})
         mine = {name: _facts(writing / name) for name in written[distributed.rank() :: distributed.world_size()]}
