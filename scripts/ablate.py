@@ -251,8 +251,9 @@ class Maker:
             AuroraError: the command failed or left no output.
         """
         with lock(self.plan.out / "locks" / run.name) as held:
-            if self._outdated(run):
-                shutil.rmtree(run.folder, ignore_errors=True)  # nothing old is mixed into the new
+            # Nothing old is mixed into the new; data that is made once for all judges that by itself.
+            if self._outdated(run) and run.folder.parent == self.plan.out:
+                shutil.rmtree(run.folder, ignore_errors=True)
             write_json(run.stamp, {"code": self.code})
             command = self.plan.launched(run)
             print(f"== {run.name}: {shlex.join(command)}", flush=True)
@@ -273,9 +274,8 @@ class Maker:
         return json.loads(run.stamp.read_text(encoding="utf-8")) if run.stamp.is_file() else {}
 
     def _outdated(self, run: Run) -> bool:
-        """Whether it was begun with other code. Data that is made once for all judges that by itself."""
-        own = run.folder.parent == self.plan.out
-        return own and not self.any_code and self._stamp(run).get("code", self.code) != self.code
+        """Whether it was begun with other code."""
+        return not self.any_code and self._stamp(run).get("code", self.code) != self.code
 
     def _check_paths(self, runs: Mapping[str, Run]) -> None:
         """Requires files that are nobody's output, before hours are spent."""
