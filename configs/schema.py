@@ -198,7 +198,7 @@ class LogConfig(Section):
 
 
 class WatchConfig(Section):
-    """Thresholds of the warnings of `utils.watch`; nothing here stops a run or changes what it learns."""
+    """Thresholds of the warnings of `utils.log`; nothing here stops a run or changes what it learns."""
 
     window: int = field(50, "answers, or logged steps, that a judgement rests on", "1",
         "our choice: fewer move by chance", ge=2)

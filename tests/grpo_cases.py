@@ -24,6 +24,7 @@ from model.stages import grpo
 from model.stages.grpo import GrpoStage, Rollouts
 from tests.aurora_cases import LORA, SEG, STOP, StubTokenizer, run_config, tiny_batch, tiny_model, tiny_sample
 from utils import distributed
+from utils.errors import leave
 from utils.types import Batch, Generation
 
 RAGGED = ([5, 6, SEG, 7, STOP], [9, SEG], [8, 4, 3], [2, SEG, 4, SEG, 7, 6, 11, STOP], [STOP], [3, 5, SEG, STOP])
@@ -158,4 +159,4 @@ if __name__ == "__main__":
     if distributed.is_main():
         print(json.dumps(result))
     distributed.stop()
-    distributed.leave(0)  # as utils.failures.run_command ends a process
+    leave(0)  # as run_command ends a process

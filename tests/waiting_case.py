@@ -10,6 +10,7 @@ import time
 from datetime import timedelta
 
 from utils import distributed
+from utils.errors import leave, lost_process
 from utils.log import setup_logging
 
 LIMIT, SLOW = 4, 6.0
@@ -34,8 +35,8 @@ def main() -> None:
     try:
         distributed.barrier("mining")
     except RuntimeError as error:
-        print("lost" if distributed.lost_process(error) else f"unnamed: {error}", time.monotonic() - start < SLOW)
-    distributed.leave(0)
+        print("lost" if lost_process(error) else f"unnamed: {error}", time.monotonic() - start < SLOW)
+    leave(0)
 
 
 if __name__ == "__main__":

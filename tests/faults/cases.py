@@ -24,9 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
 WORLD = WorldSettings(train=6, val=0, test_s=3, test_u=0, test_n=1, train_null=1, rows_per_train_clip=4,
                       rows_per_test_clip=2)  # fmt: skip
-LATE = ("dataset.build", "librosa.core", "model.aurora.inference", "model.aurora.trained", "model.stages.grpo",
-        "model.stages.reflective", "model.stages.sft", "model.stages.teacher",
-        "utils.checkpoint", "utils.engine", "utils.evaluation", "utils.tables")  # fmt: skip
+LATE = ("librosa.core", "model.stages.grpo", "model.stages.reflective", "model.stages.sft", "model.stages.teacher")
 """What the commands import late."""
 CLOCKS = ("seconds", "per_second")
 """Parts of the names of scalars that tell the time."""

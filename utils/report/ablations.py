@@ -23,10 +23,10 @@ import numpy as np
 from scipy import stats
 
 from utils.errors import DataError
+from utils.files import write_bytes, write_json
 from utils.paper import ABLATIONS, SPLITS, TABLE_6
 from utils.report.breakdown import LEVEL, SCORES, Estimate, mean_intervals
 from utils.report.runs import Evaluation, read_evaluation, shared_rows
-from utils.results import write_bytes, write_json
 
 MINI = "Mini world, synthetic data: these numbers show what this code learns there, and say nothing about Ref-AVS."
 INTRODUCTION = """Written by `python scripts/ablate.py --table all --docs docs/ablations_mini.md` from finished runs \

@@ -18,12 +18,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from utils.files import write_bytes
 from utils.report import tables
 from utils.report.breakdown import Comparison, Dimension, break_down, compare
 from utils.report.curves import CURVES, Series, chart_image, charts_of_runs
 from utils.report.media import WIDTH, MediaSource, empty_files, gallery_data, write_clips
 from utils.report.runs import Evaluation, pairs, read_groups, read_taxonomy, run_summary, stage_evaluations
-from utils.results import write_bytes
 from utils.tables import text as cell_text
 
 FOLDER = Path(__file__).parent
