@@ -62,9 +62,8 @@ def run(config: RunConfig, fresh: bool = False) -> None:
         config: the run.
         fresh: start at step 0 though the folder holds an earlier run, which is renamed.
     """
-    from dataset.build import build_processor, training_batches, training_clips
-    from dataset.prompt import load_tokenizer
-    from dataset.references import build_prompts
+    from dataset.loader import build_processor, training_batches, training_clips
+    from dataset.prompt import build_prompts, load_tokenizer
     from model.aurora.adapters import component_counts, format_counts, total_count
     from model.aurora.build import build_model
     from model.aurora.trained import save_trained

@@ -27,8 +27,8 @@ INTACT = "finished rows are on disk, and the same command continues"
 if TYPE_CHECKING:  # imported late: --help and every configuration error come before anything heavy
     from transformers import PreTrainedTokenizerBase
 
-    from dataset.cot import CotRecord
     from dataset.prompt import AnswerKind, Prompts
+    from dataset.records import CotRecord
     from dataset.refavs import Row
     from model.aurora.model import AuroraModel
     from utils.types import Batch, Prediction, Sample
@@ -88,14 +88,12 @@ def evaluated_config(config: RunConfig, overrides: Sequence[str]) -> tuple[RunCo
 
 def run(config: RunConfig, stage: str) -> dict[str, Any]:
     """Evaluate every split of the configuration; returns their scores (see `scoring.score_split`)."""
-    from dataset.build import build_index, build_processor
     from dataset.clips import ClipDataset, ClipSettings
-    from dataset.collate import build_loader
-    from dataset.cot import read_cot
+    from dataset.loader import build_index, build_loader, build_processor
     from dataset.media import read_frames
     from dataset.mini.language import chain_is_faithful
-    from dataset.prompt import NEED_REASONING, load_tokenizer
-    from dataset.references import build_prompts
+    from dataset.prompt import NEED_REASONING, build_prompts, load_tokenizer
+    from dataset.records import read_cot
     from model.aurora.build import build_model
     from model.aurora.trained import find_trained
     from utils import distributed

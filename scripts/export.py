@@ -71,7 +71,7 @@ def export(config: RunConfig, out: Path, kind: str, metrics: Sequence[Path] = ()
         kind: light or merged.
         metrics: for the card.
     """
-    from dataset.build import build_processor
+    from dataset.loader import build_processor
     from dataset.prompt import load_tokenizer
     from model.aurora.build import build_model
     from model.aurora.card import read_metrics, write_card

@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 
 from dataset.annotate.backends import Request
 from dataset.annotate.gates import Gate, GateResult, refused, tidy
-from dataset.cot import MAX_CHARACTERS
-from dataset.reflective import without_seg
+from dataset.records import MAX_CHARACTERS, without_seg
 from utils.answers import parse_answer
 
 _FIRST = re.compile(r"\(\s*1\s*\)\s*(?:the original\b[^:\n]{0,40}:)?", re.IGNORECASE)

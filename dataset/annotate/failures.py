@@ -15,9 +15,8 @@ from typing import Any
 
 from dataset.annotate.backends import Request, choose_frames
 from dataset.annotate.prompts import CORRECTOR_FRAMES, fill
-from dataset.cot import numbered_lines
+from dataset.records import numbered_lines, without_seg
 from dataset.refavs import NULL_CLASS, RefAvsIndex
-from dataset.reflective import without_seg
 from utils.errors import DataError
 from utils.results import decode_masks, write_json, write_jsonl
 

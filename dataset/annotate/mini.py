@@ -15,8 +15,8 @@ from dataset.annotate.backends import Reply, Request
 from dataset.annotate.prompts import Style
 from dataset.mini.language import NULL_KIND, Question, clause, place, questions, reasoning
 from dataset.mini.scene import CLASSES, COLOURS, Scene, Thing
+from dataset.records import without_seg
 from dataset.refavs import Row
-from dataset.reflective import without_seg
 from utils.answers import parse_answer
 from utils.errors import DataError
 

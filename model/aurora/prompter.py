@@ -128,7 +128,7 @@ class TextPrompter(Prompter):
         if bool((packed.media_index >= 0).any()):
             raise ValueError(
                 "model.prompter is text_encoder, but the prompts hold media: they must be the reference alone "
-                "(dataset.references.build_prompts makes them)"
+                "(dataset.prompt.build_prompts makes them)"
             )
         return replace(packed, seg_positions=_last_positions(packed))
 

@@ -16,15 +16,15 @@ from typing import Any
 
 import train_ds
 import train_ds_test
-from dataset.cot import numbered_lines
 from dataset.mini.world import WorldSettings, make_mini_world
+from dataset.records import numbered_lines
 from scripts import build_reflective, correct_paths, mine_failures
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
 WORLD = WorldSettings(train=6, val=0, test_s=3, test_u=0, test_n=1, train_null=1, rows_per_train_clip=4,
                       rows_per_test_clip=2)  # fmt: skip
-LATE = ("dataset.build", "librosa.core", "model.aurora.inference", "model.aurora.trained", "model.stages.grpo",
+LATE = ("dataset.loader", "librosa.core", "model.aurora.inference", "model.aurora.trained", "model.stages.grpo",
         "model.stages.reflective", "model.stages.sft", "model.stages.teacher",
         "utils.checkpoint", "utils.engine", "utils.evaluation", "utils.tables")  # fmt: skip
 """What the commands import late."""
