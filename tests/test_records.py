@@ -20,8 +20,8 @@ from dataset.records import (
 from dataset.refavs import RefAvsIndex
 from dataset.released import import_reasoning
 from scripts import build_reflective
-from tests.data_builders import ROWS, write_lines, write_metadata, write_reflective_files
 from tests.data_builders import RIGHT_PATH as RIGHT
+from tests.data_builders import ROWS, write_lines, write_metadata, write_reflective_files
 from tests.data_builders import WRONG_PATH as WRONG
 from utils.errors import DataError
 

@@ -28,7 +28,6 @@ from tests.data_builders import (
 from utils.errors import DataError
 from utils.types import IGNORE
 
-
 # ---- labels
 
 
