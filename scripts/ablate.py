@@ -54,7 +54,7 @@ CODE = {
     "train_ds_test.py": EVAL_CODE,
     "scripts/mine_failures.py": (*EVAL_CODE, "dataset/annotate/**/*", "scripts/mine_failures.py"),
     "scripts/make_mini_world.py": ("dataset/mini/*.py", "scripts/make_mini_world.py"),
-    "scripts/make_mini_s4.py": ("dataset/mini/scene.py", "scripts/make_mini_s4.py"),
+    "scripts/make_mini_s4.py": ("dataset/mini/s*.py", "scripts/make_mini_s4.py"),
 }
 """Script -> glob patterns of what its result depends on; of any other script, the data engine's and itself."""
 ENGINE_CODE = ("dataset/*.py", "dataset/annotate/**/*", "utils/answers.py")
