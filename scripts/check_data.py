@@ -122,39 +122,6 @@ class Clip:
         self.findings.append(Finding(kind, str(where), text, self.rows if rows is None else rows))
 
 
-@dataclass
-class Report:
-    """Everything that was found."""
-
-    data: str
-    findings: list[Finding] = field(default_factory=list)
-    checked: dict[str, int] = field(default_factory=dict)
-    """How many rows, clips, frames, masks and sounds were read."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time of the parts."""
-
-    def of(self, severity: str) -> list[Finding]:
-        return [f for f in self.findings if f.severity == severity]
-
-    def table(self) -> list[list[Any]]:
-        """[severity, count, kind, first place] for each kind that was met, errors first."""
-        groups: dict[str, list[Finding]] = defaultdict(list)
-        for finding in self.findings:
-            groups[finding.kind].append(finding)
-        return [[KINDS[k][0], len(groups[k]), k, groups[k][0].where] for k in KINDS if k in groups]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values: counts by severity and kind, and every finding with its advice."""
-        return {
-            "data": self.data,
-            "checked": self.checked,
-            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
-            "counts": {s: len(self.of(s)) for s in (ERROR, WARNING, NOTE)},
-            "kinds": {kind: count for _, count, kind, _ in self.table()},
-            "findings": [{**asdict(f), "severity": f.severity, "advice": KINDS[f.kind][1]} for f in self.findings],
-        }
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     defaults = DataConfig()
@@ -168,51 +135,67 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-audio-seconds", type=float, default=defaults.max_audio_seconds)
     parser.add_argument("--all", action="store_true", help="print every finding, not only the first ones")
     options = parser.parse_args(arguments)
+    seconds: dict[str, float] = {}
     try:
-        report = examine(options)
+        began = time.perf_counter()
+        index, findings = check_table(options.data)
+        checked = {"rows": index.row_count}
+        seconds["table"] = time.perf_counter() - began
+        records = options.cot if options.cot is not None else sorted((options.data / "cot").glob("train*.jsonl"))
+        findings += check_reasoning(records, index, Split.TRAIN) if records else []
+        seconds["reasoning"] = time.perf_counter() - began - seconds["table"]
+        if not options.metadata_only:
+            findings += check_media(index, options, checked)
+        seconds["media"] = time.perf_counter() - began - sum(seconds.values())
+        report = summary(options.data, findings, checked, seconds)
         if options.json is not None:
-            write_json(options.json, report.to_json())
+            write_json(options.json, report)
     except (AuroraError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    show(report, everything=options.all)
-    return 1 if report.of(ERROR) else 0
+    show(report, findings, everything=options.all)
+    return 1 if report["counts"][ERROR] else 0
 
 
-def examine(options: argparse.Namespace) -> Report:
-    """All checks that the options ask for."""
-    report, began = Report(str(options.data)), time.perf_counter()
-    index, report.findings = check_table(options.data)
-    report.checked["rows"] = index.row_count
-    report.seconds["table"] = time.perf_counter() - began
-    records = options.cot if options.cot is not None else sorted((options.data / "cot").glob("train*.jsonl"))
-    if records:
-        began = time.perf_counter()
-        report.findings += check_reasoning(records, index, Split.TRAIN)
-        report.seconds["reasoning"] = time.perf_counter() - began
-    if not options.metadata_only:
-        began = time.perf_counter()
-        check_media(index, options, report)
-        report.seconds["media"] = time.perf_counter() - began
-    return report
+def summary(
+    data: Path, findings: Sequence[Finding], checked: dict[str, int], seconds: dict[str, float]
+) -> dict[str, Any]:
+    """The report as plain values: counts by severity and kind, and every finding with its advice.
+
+    Args:
+        data: the folder.
+        findings: everything that was found.
+        checked: how many rows, clips, frames, masks and sounds were read.
+        seconds: wall time of the parts.
+    """
+    severities, kinds = Counter(f.severity for f in findings), Counter(f.kind for f in findings)
+    return {
+        "data": str(data),
+        "checked": checked,
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "counts": {severity: severities[severity] for severity in (ERROR, WARNING, NOTE)},
+        "kinds": {kind: kinds[kind] for kind in KINDS if kind in kinds},
+        "findings": [{**asdict(f), "severity": f.severity, "advice": KINDS[f.kind][1]} for f in findings],
+    }
 
 
-def show(report: Report, everything: bool) -> None:
-    """Table by kind, findings in words, advice."""
-    rows = report.table()
+def show(report: dict[str, Any], findings: Sequence[Finding], everything: bool) -> None:
+    """Print a table by kind, the findings in words, and advice."""
+    first = {f.kind: f.where for f in reversed(findings)}
+    rows = [[KINDS[kind][0], count, kind, first[kind]] for kind, count in report["kinds"].items()]
     if rows:
         print(format_table(["", "count", "finding", "first"], rows))
-    told = [f for f in report.findings if f.severity != NOTE or everything]
+    told = [f for f in findings if f.severity != NOTE or everything]
     for finding in told if everything else told[:SHOWN]:
         print(f"{finding.severity}: {finding.kind}: {finding.where}: {finding.text}")
     if not everything and len(told) > SHOWN:
         print(f"and {len(told) - SHOWN} more (--all, --json)")
-    for severity, _, kind, _ in rows:
-        if severity != NOTE:
+    for kind in report["kinds"]:
+        if KINDS[kind][0] != NOTE:
             print(f"advice on {kind!r}: {KINDS[kind][1]}")
-    read = ", ".join(f"{count:,} {name}" for name, count in report.checked.items())
-    counts = ", ".join(f"{s}s: {len(report.of(s))}" for s in (ERROR, WARNING, NOTE))
-    print(f"{read} read in {sum(report.seconds.values()):.1f} s; {counts}")
+    read = ", ".join(f"{count:,} {name}" for name, count in report["checked"].items())
+    counts = ", ".join(f"{severity}s: {count}" for severity, count in report["counts"].items())
+    print(f"{read} read in {sum(report['seconds'].values()):.1f} s; {counts}")
 
 
 # ---- table and reasoning records
@@ -299,55 +282,54 @@ def _numbers(rows: Iterable[Row]) -> tuple[int, ...]:
 # ---- media
 
 
-def check_media(index: RefAvsIndex, options: argparse.Namespace, report: Report) -> None:
-    """Read every frame, mask and sound once, into the report.
+def check_media(index: RefAvsIndex, options: argparse.Namespace, checked: dict[str, int]) -> list[Finding]:
+    """What is wrong or odd in the frames, masks and sounds; how many were read is added to `checked`.
 
     Raises:
         DataError: a reading process was killed.
     """
-    clips = list(_clips(index, report))
-    counts, lengths = {}, {}
-    report.checked |= {"clips": 0, "frames": 0, "masks": 0, "sounds": 0}
+    found: list[Finding] = []
     try:
-        for clip in counted(_read(clips, options), len(clips), "media", "clips"):
-            report.findings += clip.findings
-            read = {"clips": 1, "frames": clip.frames, "masks": clip.masks, "sounds": clip.seconds is not None}
-            for name, count in read.items():
-                report.checked[name] += count
-            if clip.frames:
-                counts[clip.name] = float(clip.frames)
-            if clip.seconds is not None:
-                lengths[clip.name] = round(clip.seconds, 1)
+        clips = _clips(index, found)
+        clips = list(counted(_read(clips, options), len(clips), "media", "clips"))
     except BrokenProcessPool as error:
         raise DataError(
             f"{index.root}: a reading process was killed, most likely for memory. Remedy: fewer --workers, or lower "
             "--max-image-pixels and --max-audio-seconds."
         ) from error
+    found += [finding for clip in clips for finding in clip.findings]
+    counts = {clip.name: clip.frames for clip in clips if clip.frames}
+    lengths = {clip.name: round(clip.seconds, 1) for clip in clips if clip.seconds is not None}
+    checked |= {"clips": len(clips), "frames": sum(counts.values()), "masks": sum(clip.masks for clip in clips),
+                "sounds": len(lengths)}  # fmt: skip
     for kind, values, unit, tolerance in (
-        ("frame count", counts, "frames", 0.0),
+        ("frame count", counts, "frames", 0),
         ("sound length", lengths, "s", LENGTH_TOLERANCE),
     ):
-        usual = Counter(values.values()).most_common(1)[0][0] if values else 0.0
+        usual = Counter(values.values()).most_common(1)[0][0] if values else 0
         for name, value in values.items():
             if abs(value - usual) > tolerance:
-                report.findings.append(Finding(kind, name, f"{value:g} {unit}, most clips have {usual:g}"))
+                found.append(Finding(kind, name, f"{value:g} {unit}, most clips have {usual:g}"))
+    return found
 
 
-def _clips(index: RefAvsIndex, report: Report) -> Iterator[Clip]:
-    """Every clip that a row of any split names; links that lead out of the data set go into the report."""
+def _clips(index: RefAvsIndex, found: list[Finding]) -> list[Clip]:
+    """Every clip that a row of any split names; one with links that lead out of the data set is a finding instead."""
     members: dict[str, list[Row]] = defaultdict(list)
     for split in Split:
         for row in index.rows(split):
             members[row.clip].append(row)
+    clips = []
     for name, rows in members.items():
         folders: dict[Path, list[Row]] = defaultdict(list)
         try:
             for row in rows:
                 folders[index.mask_folder(row)].append(row)
             objects = [(f, all(row.is_null for row in same), _numbers(same)) for f, same in folders.items()]
-            yield Clip(name, index.frames_folder(name), index.audio_path(name), objects, _numbers(rows))
+            clips.append(Clip(name, index.frames_folder(name), index.audio_path(name), objects, _numbers(rows)))
         except DataError as error:
-            report.findings.append(Finding("outside", name, str(error), _numbers(rows)))
+            found.append(Finding("outside", name, str(error), _numbers(rows)))
+    return clips
 
 
 def _read(clips: Sequence[Clip], options: argparse.Namespace) -> Iterator[Clip]:
@@ -373,44 +355,36 @@ def check_clip(clip: Clip, max_pixels: int | None, max_seconds: float | None) ->
 
 def _check_frames(clip: Clip, max_pixels: int | None) -> tuple[int, int] | None:
     """(height, width) of the first frame that can be read."""
-    first, still = None, True
-    for path, image in _images(clip, clip.frames_folder, cv2.IMREAD_COLOR, max_pixels, clip.rows):
-        clip.frames += 1
-        if image is None:
-            continue
-        first = image if first is None else first
-        if image.shape != first.shape:
-            text = f"{_size(image)} pixels, the clip's first frame has {_size(first)}"
-            clip.add("wrong size", path, text)
-        still = still and np.array_equal(image, first)
-    if first is None:
+    count, frames = _images(clip, clip.frames_folder, cv2.IMREAD_COLOR, max_pixels, clip.rows)
+    clip.frames = count
+    if not frames:
         return None
-    if still and clip.frames > 1:
-        clip.add("still frames", clip.frames_folder, f"{clip.frames} equal frames")
+    first = next(iter(frames.values()))
+    for path, image in frames.items():
+        if image.shape != first.shape:
+            clip.add("wrong size", path, f"{_size(image)} pixels, the clip's first frame has {_size(first)}")
+    if count > 1 and all(np.array_equal(image, first) for image in frames.values()):
+        clip.add("still frames", clip.frames_folder, f"{count} equal frames")
     return first.shape[:2]
 
 
 def _check_masks(
     clip: Clip, folder: Path, null: bool, rows: tuple[int, ...], size: tuple[int, int] | None, max_pixels: int | None
 ) -> None:
-    count, marked, unread = 0, False, False
-    for path, image in _images(clip, folder, cv2.IMREAD_GRAYSCALE, max_pixels, rows):
-        count += 1
-        if image is None:
-            unread = True
-            continue
-        marked = marked or bool(image.any())
+    count, masks = _images(clip, folder, cv2.IMREAD_GRAYSCALE, max_pixels, rows)
+    clip.masks += count
+    for path, image in masks.items():
         if size is not None and image.shape != size:
             clip.add("wrong size", path, f"{_size(image)} pixels, the clip's frames have {size[1]}x{size[0]}", rows)
         odd = sorted(set(np.unique(image).tolist()) - {0, 255})
         if odd:
             clip.add("mask values", path, f"values {odd[:5]}", rows)
-    clip.masks += count
     if count and clip.frames and count != clip.frames:
         clip.add("missing", folder, f"{count} masks for {clip.frames} frames", rows)
+    marked = any(image.any() for image in masks.values())
     if null and marked:
         clip.add("object of a null row", folder, "marks an object", rows)
-    if count and not null and not marked and not unread:
+    if count and not null and not marked and len(masks) == count:
         clip.add("empty mask", folder, f"all {count} masks are empty", rows)
 
 
@@ -438,19 +412,20 @@ def _check_sound(clip: Clip, max_seconds: float | None) -> None:
 
 def _images(
     clip: Clip, folder: Path, mode: int, max_pixels: int | None, rows: tuple[int, ...]
-) -> Iterator[tuple[Path, np.ndarray | None]]:
-    """Each image of a folder, None for one that cannot be read (which is reported)."""
+) -> tuple[int, dict[Path, np.ndarray]]:
+    """How many images a folder has, and those that can be read; the others are reported."""
     try:
         paths = list_images(folder)
     except DataError as error:
         clip.add("missing", folder, str(error), rows)
-        return
+        return 0, {}
+    images = {}
     for path in paths:
         try:
-            yield path, read_image(path, mode, max_pixels)
+            images[path] = read_image(path, mode, max_pixels)
         except DataError as error:
             clip.add("broken", path, str(error), rows)
-            yield path, None
+    return len(paths), images
 
 
 def _size(image: np.ndarray) -> str:
