@@ -33,6 +33,7 @@ MAX_CHARACTERS = 2000
 PARTS = ("wrong", "trigger", "corrected")
 _SHOWN = 20
 """Faulty lines that an error names in words."""
+_REMEDY = "set data.cot, or run scripts/generate_cot.py"
 
 TRIGGERS = (
     "Wait, let me re-evaluate.",
@@ -184,7 +185,7 @@ def without_seg(text: str) -> str:
 # ---- lines and their checks
 
 
-def numbered_lines(path: Path, remedy: str = "set data.cot, or run scripts/generate_cot.py") -> list[tuple[int, str]]:
+def numbered_lines(path: Path, remedy: str = _REMEDY) -> list[tuple[int, str]]:
     """(line number from 1, text) of the lines of a JSONL file that are not blank.
 
     Raises:
@@ -204,11 +205,7 @@ Line = tuple[str, CotRecord | ValueError, dict[str, Any]]
 """(file and line number, the record or what is wrong with it, all fields of the line)."""
 
 
-def scan(
-    paths: Iterable[str | Path],
-    index: RefAvsIndex | None = None,
-    remedy: str = "set data.cot, or run scripts/generate_cot.py",
-) -> Iterator[Line]:
+def scan(paths: Iterable[str | Path], index: RefAvsIndex | None = None, remedy: str = _REMEDY) -> Iterator[Line]:
     """Every line of the files with its record; a faulty line comes with its error instead, and the next ones follow.
 
     Raises:

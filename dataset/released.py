@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,45 +29,27 @@ _OPENING = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Imported:
-    """What became of a released list of reflective texts."""
-
-    paths: list[CotRecord]
-    left: list[tuple[int, str]]
-    """(metadata row, why it could not be split), in file order."""
-
-
 def import_reasoning(
     path: str | Path, index: RefAvsIndex, split: Split = Split.TRAIN, too_long: TooLong = "error"
 ) -> list[CotRecord]:
-    """Records of the released stage-1 list: element i belongs to the i-th row of the split in file order.
+    """Records of the released stage-1 list, in its order, the target being the row's class.
 
     Conclusions such as "the correct target is “X”" (the example of the paper's section 6.1) become "the target is X.",
     the words of section 3.1; their number is logged.
 
     Args:
-        path: a JSON list of objects with the key `reasoning`.
+        path: the JSON list.
         index: the official metadata; its rows of `split` (14,113 for train) must be as many as the elements.
         split: the split that the file was made for.
         too_long: as in `read_cot`; too long elements are counted but left out with "drop", as in the released code.
 
-    Returns:
-        Records in file order, the target being the row's class.
-
     Raises:
-        DataError: not such a list, another number of elements, an empty or too long reasoning (with its position).
+        DataError: no list of that many elements, an empty or too long reasoning (with its position).
     """
-    elements, rows = _elements(Path(path)), index.rows(split)
-    if len(elements) != len(rows):
-        raise DataError(
-            f"{path}: {len(elements)} elements, but split {split} has {len(rows)} rows; the file is a list joined by "
-            "position. Remedy: use the reasoning file and the metadata.csv of one release."
-        )
     records, faults, changed = [], [], 0
-    for position, (element, row) in enumerate(zip(elements, rows, strict=True)):
+    for position, (row, reasoning) in enumerate(_joined(Path(path), index, split)):
         try:
-            text = clean_reasoning(element.get("reasoning") if isinstance(element, dict) else None)
+            text = clean_reasoning(reasoning)
             if fits(text, too_long):
                 plain = plain_conclusion(text)
                 changed += plain != text
@@ -80,33 +61,27 @@ def import_reasoning(
     return records
 
 
-def import_reflective(path: str | Path, index: RefAvsIndex, split: Split = Split.TRAIN) -> Imported:
-    """Reflective paths of the released stage-2 list, the target being the row's class.
+def import_reflective(
+    path: str | Path, index: RefAvsIndex, split: Split = Split.TRAIN
+) -> tuple[list[CotRecord], list[tuple[int, str]]]:
+    """Reflective paths of the released stage-2 list, and (metadata row, why) of the texts that cannot be split.
 
     Raises:
-        DataError: not a list, elements that name no row where they are not as many as the split's rows, or a row that
-            does not exist or is named twice.
+        DataError: no list of as many elements as the split has rows, a row that does not exist or is named twice.
     """
-    elements, rows = _elements(Path(path)), index.rows(split)
-    named = all(isinstance(e, dict) and isinstance(e.get("row"), int) for e in elements)
-    if not named and len(elements) != len(rows):
-        raise DataError(
-            f"{path}: {len(elements)} elements, but split {split} has {len(rows)} rows, and not every element names "
-            "its row: they cannot be joined. Remedy: add the metadata row to each element as `row`."
-        )
-    found = Imported([], [])
-    seen: set[int] = set()
-    for position, element in enumerate(elements):
-        row = index.row(element["row"]) if named else rows[position]
-        if row is None or row.row in seen:
-            rule = "does not exist" if row is None else "is named twice"
-            raise DataError(f"{path}, element {position}: its row {rule}. Remedy: use the metadata.csv of its release.")
-        seen.add(row.row)
+    paths, left = [], []
+    for row, text in _joined(Path(path), index, split):
         try:
-            found.paths.append(_path(element, row))
+            if not isinstance(text, str):
+                raise ValueError("holds no text")
+            wrong, phrase, corrected = split_text(without_seg(text))
+            if parse_answer(corrected) != row.class_name:
+                raise ValueError("what follows the trigger does not end in the row's class")
         except ValueError as error:
-            found.left.append((row.row, str(error)))
-    return found
+            left.append((row.row, str(error)))
+            continue
+        paths.append(build_path(row.row, row.uid, row.class_name, wrong, corrected, phrase=phrase))
+    return paths, left
 
 
 def split_text(text: str) -> tuple[str, str, str]:
@@ -134,21 +109,27 @@ def split_text(text: str) -> tuple[str, str, str]:
     return text[:start].strip(), text[start:end].strip(), text[end:].strip()
 
 
-def _path(element: Any, row: Row) -> CotRecord:
-    text = element.get("reasoning") if isinstance(element, dict) else element
-    if not isinstance(text, str):
-        raise ValueError("holds no text")
-    wrong, phrase, corrected = split_text(without_seg(text))
-    if parse_answer(corrected) != row.class_name:
-        raise ValueError("what follows the trigger does not end in the row's class")
-    return build_path(row.row, row.uid, row.class_name, wrong, corrected, phrase=phrase)
-
-
-def _elements(path: Path) -> list[Any]:
+def _joined(path: Path, index: RefAvsIndex, split: Split) -> list[tuple[Row, Any]]:
+    """(row, text) of each element: element i belongs to the i-th row of the split, unless all name their rows."""
     try:
         elements = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: no JSON file ({error}). Remedy: download the released file again.") from error
     if not isinstance(elements, list):
         raise DataError(f"{path}: a {type(elements).__name__}, not a list. Remedy: name the authors' released file.")
-    return elements
+    rows: list[Row | None] = index.rows(split)
+    if elements and all(isinstance(e, dict) and isinstance(e.get("row"), int) for e in elements):
+        rows = [index.row(e["row"]) for e in elements]
+    elif len(elements) != len(rows):
+        raise DataError(
+            f"{path}: {len(elements)} elements, but split {split} has {len(rows)} rows, and not every element names "
+            "its row: they cannot be joined. Remedy: use the file and the metadata.csv of one release, or add the "
+            "metadata row to each element as `row`."
+        )
+    joined: dict[int, tuple[Row, Any]] = {}
+    for position, (element, row) in enumerate(zip(elements, rows, strict=True)):
+        if row is None or row.row in joined:
+            rule = "does not exist" if row is None else "is named twice"
+            raise DataError(f"{path}, element {position}: its row {rule}. Remedy: use the metadata.csv of its release.")
+        joined[row.row] = row, element.get("reasoning") if isinstance(element, dict) else element
+    return list(joined.values())

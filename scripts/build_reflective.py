@@ -47,14 +47,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def imported(options: argparse.Namespace) -> list[CotRecord]:
     """What the released list holds; the rows that cannot be split are counted by reason, and named."""
-    found = import_reflective(options.import_published, RefAvsIndex(options.data))
-    for reason, count in Counter(reason for _, reason in found.left).most_common():
-        rows = [row for row, why in found.left if why == reason]
+    paths, left = import_reflective(options.import_published, RefAvsIndex(options.data))
+    for reason, count in Counter(reason for _, reason in left).most_common():
+        rows = [row for row, why in left if why == reason]
         more = ", ..." if count > SHOWN else ""
         print(f"not split, {count}: {reason} (rows {', '.join(map(str, rows[:SHOWN]))}{more})")
-    if not found.paths:
+    if not paths:
         raise DataError(f"{options.import_published}: no text could be split. Remedy: see the reasons above.")
-    return found.paths
+    return paths
 
 
 def corrected(options: argparse.Namespace) -> list[CotRecord]:

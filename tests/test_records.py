@@ -246,6 +246,15 @@ def test_the_released_reflective_list_is_split_or_said_why_not(
     assert [p[1] for p in parts] == ["Wait, let me re-evaluate…", "But is that right? Let me check."]
     assert parts[0][0] == WRONG.removesuffix(" It is [SEG].") and not any("[SEG]" in r["reasoning"] for r in records)
     assert set(read_reflective([tmp_path / "out.jsonl"], index)) == {rows[0].row, rows[1].row}
-    write_list(released, [RIGHT])
-    assert build_reflective.main(arguments) == 1
-    assert "1 elements, but split train has 4 rows" in capsys.readouterr().err
+    write_list(released, [{"row": rows[1].row, "reasoning": texts[rows[1].row]}])  # an element may name its row
+    assert build_reflective.main(arguments) == 0
+    assert set(read_reflective([tmp_path / "out.jsonl"], index)) == {rows[1].row}
+    capsys.readouterr()
+    for elements, words in (
+        ([RIGHT], "1 elements, but split train has 4 rows"),
+        ([{"row": 99, "reasoning": RIGHT}], "element 0: its row does not exist"),
+        ([{"row": 1, "reasoning": RIGHT}] * 2, "element 1: its row is named twice"),
+    ):
+        write_list(released, elements)
+        assert build_reflective.main(arguments) == 1
+        assert words in capsys.readouterr().err
