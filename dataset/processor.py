@@ -39,7 +39,7 @@ _STACKED = {
 _LISTED = ("masks", "prompt_ids", "answer_ids", "teacher_ids")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class AuroraProcessor:
     """Preprocessing with the sizes of one model; keeps the tokenizer, so that one object carries all a clip needs."""
 
