@@ -21,6 +21,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -200,9 +201,7 @@ def _read_rows(path: Path, faults: list[str] | None) -> tuple[list[Row], int]:
 
 
 def _read_row(path: Path, number: int, header: list[str], values: list[str]) -> Row | None:
-    def fault(field: str, value: object, rule: str) -> DataError:
-        return row_fault(path, number, field, value, rule)
-
+    fault = partial(row_fault, path, number)
     if len(values) != len(header):
         raise fault("cells", values, f"a row has {len(header)} cells, this one has {len(values)}")
     cell = dict(zip(header, values, strict=True))

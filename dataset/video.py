@@ -69,8 +69,18 @@ def read_clip(path: Path, frames: int = FRAMES, max_pixels: int | None = None, m
         reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
         total, rate = len(reader), float(reader.get_avg_fps())
         seconds = total / rate if rate > 0 else 0.0
-        size = reader[0].shape[:2] if total else (0, 0)
-        _check_size(path, total, seconds, size, frames, max_pixels, max_seconds)
+        height, width = reader[0].shape[:2] if total else (0, 0)
+        for broken, rule in (
+            (seconds < MIN_SECONDS,
+             f"{seconds:.2f} s; the model reads windows of one second. Remedy: use a clip of a second or more."),
+            (max_seconds is not None and seconds > max_seconds,
+             f"{seconds:.1f} s, limit {max_seconds} s. Remedy: cut it."),
+            (total < frames, f"{total} frames, {frames} wanted. Remedy: ask for fewer frames."),
+            (max_pixels is not None and height * width > max_pixels,
+             f"{width}x{height} pixels, limit {max_pixels}. Remedy: scale it down."),
+        ):  # fmt: skip
+            if broken:
+                raise DataError(f"{path}: {rule}")
         found = np.stack([_without_padding(reader[int(k * total / frames + 1e-6)].asnumpy()) for k in range(frames)])
     except (decord.DECORDError, RuntimeError) as error:
         # the last part of decord's first line, without time and source file
@@ -133,23 +143,6 @@ def read_sound(path: Path, seconds: float) -> np.ndarray:
     wave = resampled(np.concatenate(blocks, axis=1).mean(axis=0), rate)
     samples = round(seconds * SAMPLE_RATE)
     return np.pad(wave[:samples], (0, max(0, samples - len(wave))))
-
-
-def _check_size(path: Path, total: int, seconds: float, size: tuple[int, int], frames: int, max_pixels: int | None,
-                max_seconds: float | None) -> None:  # fmt: skip
-    """Refuse a video that is too short, too long or too large, before more than one frame is decoded."""
-    height, width = size
-    if seconds < MIN_SECONDS:
-        rule = f"{seconds:.2f} s; the model reads windows of one second. Remedy: use a clip of a second or more."
-    elif max_seconds is not None and seconds > max_seconds:
-        rule = f"{seconds:.1f} s, limit {max_seconds:g} s. Remedy: cut it."
-    elif total < frames:
-        rule = f"{total} frames, {frames} wanted. Remedy: ask for fewer frames."
-    elif max_pixels is not None and height * width > max_pixels:
-        rule = f"{width}x{height} pixels, limit {max_pixels}. Remedy: scale it down."
-    else:
-        return
-    raise DataError(f"{path}: {rule}")
 
 
 def _without_padding(frame: np.ndarray) -> np.ndarray:
