@@ -46,9 +46,8 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from dataset.build import build_processor, training_batches, training_clips
-from dataset.prompt import load_tokenizer
-from dataset.references import build_prompts
+from dataset.loader import build_processor, training_batches, training_clips
+from dataset.prompt import build_prompts, load_tokenizer
 from model.aurora.build import build_model
 from model.aurora.trainable import component_counts, format_counts, total_count
 from model.aurora.trained import save_trained

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from configs.schema import RunConfig  # noqa: E402 - the project's root must be on the path first
-from dataset.build import build_processor  # noqa: E402
+from dataset.loader import build_processor  # noqa: E402
 from dataset.prompt import load_tokenizer  # noqa: E402
 from model.aurora.build import build_model  # noqa: E402
 from model.aurora.export import SAM, SAM_JSON, read_metrics, save_pretrained, write_card  # noqa: E402

@@ -119,7 +119,7 @@ def load(
     """
     import torch
 
-    from dataset.build import build_processor
+    from dataset.loader import build_processor
     from dataset.processor import AuroraProcessor
     from dataset.prompt import load_tokenizer
     from model.aurora.build import build_model

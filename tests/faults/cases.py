@@ -16,8 +16,8 @@ from typing import Any
 
 import train_ds
 import train_ds_test
-from dataset.cot import numbered_lines
 from dataset.mini.world import WorldSettings, make_mini_world
+from dataset.records import numbered_lines
 from scripts import build_reflective, correct_paths, mine_failures
 
 ROOT = Path(__file__).resolve().parents[2]
