@@ -11,7 +11,7 @@ import pytest
 
 from tests.report_case import EVIL
 from utils.errors import DataError
-from utils.report.page import Report, render_page
+from utils.report.page import render_page
 from utils.report.runs import SAMPLED_GROUPS, read_groups
 from utils.results import encode_masks
 
@@ -44,14 +44,14 @@ def test_groups_of_the_first_and_the_last_step(tmp_path: Path) -> None:
 
 def test_a_broken_line_is_named(tmp_path: Path) -> None:
     (tmp_path / "samples.jsonl").write_text('{"row": 1}\n', encoding="utf-8")
-    with pytest.raises(DataError, match="line 1"):
+    with pytest.raises(DataError, match="samples.jsonl:1.*Remedy"):
         read_groups(tmp_path)
 
 
 def test_page_shows_rewards_words_and_masks() -> None:
     cut = record(5, 0, 1, answer=EVIL, reference=EVIL, masks=[], has_seg=False, truncated=True, mask_trained=False)
-    page = render_page(Report("t", {"stages": {}}, samples={"grpo": [[record(5, 0, 0), cut]]}))
+    page = render_page("t", {"stages": {}}, samples={"grpo": [[record(5, 0, 0), cut]]})
     assert "Sampled answers" in page and "grpo, step 5: the dog (dog, row 0)" in page
     assert page.count('src="data:image/png;base64,') == 1 and "-0.50" in page and "9 (cut)" in page
     assert "<script>alert" not in page and "<img src=x" not in page
-    assert "Sampled answers" not in render_page(Report("t", {"stages": {}}))
+    assert "Sampled answers" not in render_page("t", {"stages": {}})
