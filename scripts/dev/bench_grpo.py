@@ -9,7 +9,7 @@ step      a whole step with towers and SAM of the mini base: encoding, sampling,
           losses forward and backward, AdamW; plain: every part once per answer (tests.oracles.plain_grpo)
 memory    peak resident memory of scoring beyond that of the loaded model, each path in a process of its own
 
-Beside scoring stand the limit of token counts, G (P + C) / (P + G C), and the package prefix-grouper, if it is there.
+Beside scoring stands the limit of token counts, G (P + C) / (P + G C).
 Loss and gradients are compared, and the samples at an equal seed, which warms all up; then they are timed in turns and
 medians are printed. On a busy machine, --clock cpu with one thread counts processor time.
 """
@@ -24,29 +24,29 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import cache
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
-try:
-    import prefix_grouper  # a peer, for this comparison alone: pip install --no-deps prefix-grouper
-except ImportError:
-    prefix_grouper = None
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
 from model.aurora.generation import generate  # noqa: E402 - the repository root must be on the path first
 from model.aurora.sampling import Sampling  # noqa: E402
 from model.aurora.shared_prompt import ATTENTION, score_answers  # noqa: E402
 from model.objectives.policy import token_log_probs  # noqa: E402
-from scripts.dev.grpo_step import StepCase  # noqa: E402
-from utils.types import MediaFeatures  # noqa: E402
+from model.stages.grpo import GrpoStage  # noqa: E402
+from scripts.dev.random_run import BenchTokenizer, random_batch, random_model  # noqa: E402
+from scripts.plan_memory import Workload  # noqa: E402
+from tests.oracles.plain_grpo import PlainGrpoStage  # noqa: E402
+from utils.config import load_config  # noqa: E402
+from utils.types import Batch, Generation, MediaFeatures  # noqa: E402
 
 WANTED = {"scoring": None, "sampling": {3: 1.4, 8: 2.0}, "step": 1.8, "memory": 1.0}
 """Part -> wanted ratio of plain to fast: a number, one by group size, or None for the limit of token counts."""
@@ -87,24 +87,6 @@ class Case:
         known = torch.ones(1, self.prompt.shape[1] - 1, dtype=torch.bool)
         hidden = score_answers(self.model.model, self.prompt[:, :-1], known, stream, self.group)
         return self._finish(hidden)
-
-    def prefix_grouper(self) -> Tensor:
-        """The same by the package prefix-grouper, which packs prompt and answers in one row likewise."""
-        words = self.model.model.embed_tokens(self.answers[:, :-1]).flatten(0, 1)[None]
-        prompt, length = self.prompt.shape[1], self.answers.shape[1] - 1
-        grouper = prefix_grouper.PrefixGrouper([[prompt] + [length] * self.group])
-        behind = torch.arange(prompt, prompt + length).repeat(self.group)
-        self.model.set_attn_implementation("prefix_grouper")
-        hidden = self.model.model(
-            inputs_embeds=torch.cat([self.prompt, words], 1),
-            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),  # 4-D: handed down, and not read
-            position_ids=torch.cat([torch.arange(prompt), behind])[None],
-            use_cache=False,
-            grouper=grouper,
-        ).last_hidden_state
-        self.model.set_attn_implementation(ATTENTION)
-        last = hidden[:, prompt - 1 : prompt].expand(self.group, -1, -1)
-        return self._finish(torch.cat([last, hidden[0, prompt:].unflatten(0, (self.group, length))], 1))
 
     def plain(self) -> Tensor:
         """The same from G copies."""
@@ -147,27 +129,67 @@ class Case:
         )  # fmt: skip
 
 
-def prefix_grouper_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, grouper: Any, scaling: float, **_: Any
-) -> tuple[Tensor, None]:
-    """The package's layout, with torch's attention on a CPU (it is written for FlashAttention's)."""
+class _EndsInSeg:
+    """Random weights write no [SEG]; each answer gets one in the place of its last token, so that masks are trained."""
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, _: Tensor) -> Tensor:
-        new, total = query.shape[2], key.shape[2]
-        # No row is padded here, so the causal mask is all that there is.
-        seen = None if new == total else _seen(new, total)
-        found = scaled_dot_product_attention(
-            query, key, value, attn_mask=seen, is_causal=seen is None, scale=scaling, enable_gqa=True
-        )
-        return found.transpose(1, 2)
-
-    return grouper.forward(attend, query, key, value), None
+    def draw(self, batch: Batch) -> tuple[MediaFeatures, Generation]:
+        media, answers = super().draw(batch)
+        generator = torch.Generator().manual_seed(0)
+        states = torch.randn(len(answers.token_ids), self.model.text_hidden_fcs[0][0].in_features, generator=generator)
+        for row in answers.token_ids:
+            row[-1] = self.model.seg_token_id
+        there = torch.ones(len(states), dtype=torch.bool)
+        return media, replace(answers, seg_hidden=states, has_seg=there, log_probs=None)
 
 
-@cache
-def _seen(new: int, total: int) -> Tensor:
-    """bool [new,total]: the last `new` of `total` positions see themselves and all before them."""
-    return torch.ones(new, total, dtype=torch.bool).tril(total - new)
+class _FastStage(_EndsInSeg, GrpoStage):
+    """The project's stage."""
+
+
+class _PlainStage(_EndsInSeg, PlainGrpoStage):
+    """G full copies."""
+
+
+class StepCase:
+    """A clip of 10 frames and 10 s of sound through towers and SAM of the mini base and a language model of its own.
+
+    Args:
+        folder: gets the config.json of the base.
+        language: fields of the language model's configuration.
+        prompt: P, tokens of the prompt, media included.
+        group: G.
+        new_tokens: C, tokens of each answer.
+    """
+
+    def __init__(self, folder: Path, language: dict[str, int], prompt: int, group: int, new_tokens: int) -> None:
+        mini = json.loads((ROOT / "assets/mini_base/config.json").read_text(encoding="utf-8"))
+        text = json.dumps({**mini, **language, "hidden_size_a": language["hidden_size"]})
+        (folder / "config.json").write_text(text, encoding="utf-8")
+        config = load_config(ROOT / "configs/mini/grpo.yaml", [
+            f"model.base={folder}", "engine.micro_batch=1", "data.feature_cache=none", "grpo.temperature=1.0",
+            "grpo.top_p=1.0", "grpo.mask_loss_on=all", f"grpo.group_size={group}", f"grpo.max_new_tokens={new_tokens}",
+        ])  # fmt: skip
+        torch.manual_seed(0)
+        model = random_model(config, torch.device("cpu"))
+        work = Workload(1, group, 10, (96, 96), 10.0, 40, new_tokens)
+        short = model.pack(random_batch(model, work), None).attention_mask.sum().item()
+        if prompt <= short:
+            raise ValueError(f"a prompt of {prompt} tokens: its media and the least of text have {short}")
+        self.batch = random_batch(model, replace(work, prompt_tokens=work.prompt_tokens + prompt - short))
+        tokenizer = BenchTokenizer(model.seg_token_id)
+        tokenizer.ids["<|im_end|>"] = 2**31  # none of the vocabulary: no answer ends before its time
+        self.stages = {"fast": _FastStage(config, model, tokenizer), "plain": _PlainStage(config, model, tokenizer)}
+        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
+
+    def run(self, path: str) -> Tensor:
+        """Sample, judge, score, backward and step; at a learning rate of 0, so that every step is the same."""
+        torch.manual_seed(0)
+        self.optimizer.zero_grad()
+        stage = self.stages[path]
+        loss = stage.loss(stage.prepare(self.batch)).total
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
 
 
 class _NoStop:
@@ -220,13 +242,7 @@ def measure(arguments: argparse.Namespace, prompt: int, group: int, threads: int
         row["loss_apart"] = float((loss - plain_loss).abs() / plain_loss.abs())
         row["gradients_apart"] = float((ours - plain).norm() / plain.norm())
         del ours, plain
-        paths = {"fast": case.fast, "plain": case.plain}
-        if prefix_grouper is not None:
-            AttentionInterface.register("prefix_grouper", prefix_grouper_attention)
-            peer_loss = case.prefix_grouper()
-            row["peer_apart"] = float((peer_loss - plain_loss).abs() / plain_loss.abs())
-            paths["peer"] = case.prefix_grouper
-        row["scoring"] = timed(paths, repeats, clock)
+        row["scoring"] = timed({"fast": case.fast, "plain": case.plain}, repeats, clock)
         yield row
     if "sampling" in arguments.parts:
         row["same_samples"] = bool(torch.equal(case.sample(), case.sample_plain()))
@@ -236,9 +252,10 @@ def measure(arguments: argparse.Namespace, prompt: int, group: int, threads: int
         del case
         with tempfile.TemporaryDirectory() as folder:
             step = StepCase(Path(folder), sizes(arguments), prompt, group, tokens)
-            fast, plain = float(step.fast()), float(step.plain())
+            paths = {path: partial(step.run, path) for path in step.stages}
+            fast, plain = float(step.run("fast")), float(step.run("plain"))
             row["step_loss_apart"] = abs(fast - plain) / abs(plain)
-            row["step"] = timed({"fast": step.fast, "plain": step.plain}, repeats, clock)
+            row["step"] = timed(paths, repeats, clock)
         yield row
     if "memory" in arguments.parts:
         row["memory"] = {path: peak(arguments, prompt, group, path) for path in ("fast", "plain")}
@@ -276,8 +293,6 @@ def describe(row: dict[str, Any]) -> str:
     text = f"{case}  {name:<9} fast {fast:8.2f} {unit}   plain {plain:8.2f} {unit}   {plain / fast:.2f}x"
     if name == "scoring":
         apart = f"loss {row['loss_apart']:.1e}, gradients {row['gradients_apart']:.1e} relative"
-        if "peer" in row["scoring"]:
-            text += f"   prefix-grouper {plain / row['scoring']['peer']:.2f}x"
         return f"{text}   limit {row['limit']:.2f}x   apart: {apart}"
     wanted = WANTED[name].get(row["group"]) if isinstance(WANTED[name], dict) else WANTED[name]
     if wanted is not None:

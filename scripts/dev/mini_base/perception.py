@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from dataset.mini import scene as scenes
 from dataset.fbank import kaldi_fbank
+from dataset.mini import scene as scenes
 from model.backbones.videollama2.backbone import VideoLlama2
 from model.segmenters.sam import Segmenter
 from scripts.dev.mini_base.corpus import random_scene
