@@ -19,7 +19,7 @@ from scripts.report import main as report_command
 from tests.report_case import EVIL, ROWS, gallery, line, make_world, read_page, write_evaluation, write_run
 from utils.draw import PREDICTION, TRUTH, jpeg, overlay, save_masks, strip
 from utils.report.media import gallery_data, gallery_rows, mask_layer, sprite
-from utils.report.page import FILTERS, RESULTS, SCRIPT, STYLE, Report, render_page
+from utils.report.page import SCRIPT, STYLE, render_page
 from utils.report.runs import Evaluation, PredictedRow
 from utils.tables import format_table, mix_scores, split_table
 
@@ -76,7 +76,7 @@ def test_text_never_becomes_markup(page):
 
 
 def test_hostile_texts_of_the_summary_are_shown_as_text():
-    reader = read_page(render_page(Report(EVIL, summary(), charts=charts())))
+    reader = read_page(render_page(EVIL, summary(), charts=charts()))
     assert "script" not in reader.tags and "alert('x')" in " ".join(reader.text)
     assert pictures(reader) == ["svg+xml"]
     image = next(attributes for tag, attributes, _ in reader.elements if tag == "img")
@@ -123,7 +123,7 @@ def test_page_holds_every_part(page):
 
 
 def test_scores_stand_under_their_protocol_and_beside_the_paper():
-    text = " ".join(read_page(render_page(Report("t", summary()))).text)
+    text = " ".join(read_page(render_page("t", summary())).text)
     for wanted in ("80.00", "7.25", "81.00", "91.50", "-30.00", "-40.00", "12.50", "66.0", "teacher: reads the true"):
         assert wanted in text, wanted
 
@@ -149,11 +149,11 @@ def test_only_runs_on_refavs_stand_beside_published_numbers(tmp_path, mini_file)
     real, toy = section(both, "stages").split("Mini world (synthetic clips)")
     assert "real" in real and "toy" not in real and "paper: SFT with reasoning" in real
     assert "toy" in toy and "real" not in toy and "paper:" not in toy and "say nothing about Ref-AVS" in toy
-    assert "Mini world: synthetic" not in render_page(Report("t", summary()))
+    assert "Mini world: synthetic" not in render_page("t", summary())
 
 
 def test_page_without_probes_clips_or_curves():
-    reader = read_page(render_page(Report("t", {"stages": {"sft": {"test_s": scores(1.0)}}})))
+    reader = read_page(render_page("t", {"stages": {"sft": {"test_s": scores(1.0)}}}))
     assert not {"article", "img", "script", "form"} & set(reader.tags)
 
 
@@ -205,8 +205,15 @@ def test_the_script_finds_what_it_looks_for(page):
     used = set(re.findall(r"form\.elements\.(\w+)", SCRIPT)) | set(re.findall(r"value\('(\w+)'\)", SCRIPT))
     assert used <= fields and {"run", "beside", "split", "class", "result", "order", "text", "masks"} <= fields
     tests = SCRIPT[SCRIPT.index("const TESTS") : SCRIPT.index("const change")]
-    assert set(re.findall(r"(\w+): a =>", tests)) == set(RESULTS)
-    assert dict(re.findall(r"(\w+): '(\w+)'", re.search(r"const FIELDS = {(.*?)}", SCRIPT)[1])) == FILTERS
+    assert set(re.findall(r"(\w+): a =>", tests)) == offered(page, "result")
+    orders = SCRIPT[SCRIPT.index("const ORDERS") : SCRIPT.index("function words")]
+    assert set(re.findall(r"(\w+): \(a, b\)", orders)) == offered(page, "order")
+
+
+def offered(page, name):
+    """The values of one of the gallery's drop-down lists."""
+    options = re.search(rf'<select name="{name}">(.*?)</select>', page, re.S)[1]
+    return set(re.findall(r'<option value="([^"]*)"', options)) - {""}
 
 
 def test_every_link_leads_somewhere(page):
@@ -233,9 +240,8 @@ def test_filters_offer_the_values_that_rows_have(page):
     data = gallery(page)
     assert len(data["rows"]) == len(ROWS)
     for name in ("split", "class"):
-        offered = re.search(rf'<select name="{name}">(.*?)</select>', page, re.S)[1]
-        values = set(re.findall(r'<option value="([^"]*)"', offered)) - {""}
-        assert values == {row[FILTERS[name]] for row in data["rows"] if row[FILTERS[name]]}
+        field = data["fields"][name]
+        assert offered(page, name) == {row[field] for row in data["rows"] if row[field]}
 
 
 def test_a_page_of_thousands_of_clips_stays_small(tmp_path):
@@ -243,7 +249,7 @@ def test_a_page_of_thousands_of_clips_stays_small(tmp_path):
     made = [PredictedRow.from_json({**line(i % 8), "row": i}) for i in range(many)]
     evaluation = Evaluation("sft", tmp_path, {"test_s": {}}, {row.row: row for row in made})
     data = gallery_data([evaluation], gallery_rows([evaluation], list(evaluation.rows)))
-    text = render_page(Report("many", {"stages": {}}, gallery=data))
+    text = render_page("many", {"stages": {}}, gallery=data)
     assert len(gallery(text)["rows"]) == many and len(data["texts"]) < 40
     assert len(text) < 800 * many and "<article" not in text
 

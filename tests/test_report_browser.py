@@ -18,7 +18,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from scripts.report import main as report_command
 from tests.report_case import ROWS, line, make_world, write_run
 from utils.report.media import gallery_data, gallery_rows
-from utils.report.page import Report, render_page
+from utils.report.page import render_page
 from utils.report.runs import Evaluation, PredictedRow
 
 pytestmark = pytest.mark.browser
@@ -178,7 +178,7 @@ def test_thousands_of_clips_open_as_fast_as_a_few(page: Page, tmp_path: Path) ->
     for row in data["rows"]:
         row |= {"frames": f"f/{row['row']}.jpg", "truth": f"t/{row['row']}.png", "n": 10, "hw": [48, 64]}
     path = tmp_path / "many.html"
-    path.write_text(render_page(Report("many", {"stages": {}}, gallery=data)), encoding="utf-8")
+    path.write_text(render_page("many", {"stages": {}}, gallery=data), encoding="utf-8")
     page.goto(path.as_uri(), timeout=30_000)  # docs/report.md has what was measured
     assert page.evaluate("shown.length") == MANY and 0 < page.locator(CARDS).count() <= 40
     assert len(page.requests) < 60

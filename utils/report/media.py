@@ -36,6 +36,8 @@ COLUMNS = 5
 """Frames side by side in a picture."""
 WIDTH = 256
 """Frames are shrunk to this many pixels."""
+FIELDS = {"split": "split", "kind": "kind", "class": "cls", "mask_size": "size", "failure": "failure"}
+"""Drop-down list of the gallery -> field of a clip."""
 PARTS = ("frames", "truth", "masks", "sound", "avsbench_s4", "avsbench_ms3")
 _FILL, _DIM = 70, 120
 """Opacity (0..255) of a mask's inside, and of the black that dims what is outside it."""
@@ -168,7 +170,7 @@ def gallery_data(evaluations: Sequence[Evaluation], clips: Sequence[Mapping[str,
         }
         rows.append({**clip, "said": said})
     names = {"runs": [e.name for e in evaluations], "run": same[-1] if same else ""}
-    return {**names, "columns": COLUMNS, "texts": list(texts), "rows": rows}
+    return {**names, "columns": COLUMNS, "fields": FIELDS, "texts": list(texts), "rows": rows}
 
 
 def gallery_rows(
