@@ -19,6 +19,7 @@ from torch import Tensor
 
 from configs.schema import RunConfig, TrainableConfig
 from model.aurora import generation
+from model.objectives.policy import GroupAdvantages
 from model.objectives.rewards import Judged
 from model.stages import grpo
 from model.stages.grpo import GrpoStage, Rollouts
@@ -88,7 +89,7 @@ def draw_ragged(monkeypatch: pytest.MonkeyPatch) -> Generation:
 def with_advantages(prepared: Rollouts) -> Rollouts:
     """Advantages of both signs, different for every answer."""
     values = torch.tensor([1.0, -0.5, -0.7, 0.3, -1.2, 0.8])
-    return replace(prepared, advantages=prepared.advantages._replace(values=values))
+    return replace(prepared, advantages=GroupAdvantages(values, *prepared.advantages[1:]))
 
 
 def _draw(rule: str, rank: int) -> object:
