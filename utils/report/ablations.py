@@ -179,9 +179,9 @@ def outcome(table: Table, finished: Mapping[tuple[str, int], Path], seeds: Seque
     base = list(table.rows)[table.against]
     lines, differences = [], []
     for row in table.rows:
-        own = [found[row, seed] for seed in seeds if (row, seed) in found]
-        lines += [_line(table, row, split, own) for split in table.splits if own]
-        both = [(found[row, s], found[base, s]) for s in seeds if (row, s) in found and (base, s) in found]
+        own = {seed: found[row, seed] for seed in seeds if (row, seed) in found}
+        both = [(one, found[base, seed]) for seed, one in own.items() if (base, seed) in found]
+        lines += [_line(table, row, split, list(own.values())) for split in table.splits if own]
         differences += [_difference(table, row, base, split, both) for split in table.splits if both and row != base]
     missing = [f"{row}, seed {seed}" for row, seed in wanted if (row, seed) not in found]
     codes = sorted({str(evaluation.fact("git", "unknown")) for evaluation in found.values()})

@@ -124,8 +124,11 @@ def write_figures(runs: Sequence[tuple[str, Path]], folder: Path, window: int) -
         window: logged rows in a running mean.
 
     Raises:
-        DataError: no run logged any scalar of stage 3, or a file cannot be read.
+        DataError: a file is missing or cannot be read, or no run logged any scalar of stage 3.
     """
+    for _, path in runs:
+        if not path.is_file():
+            raise DataError(f"{path}: there is no such file. Remedy: name the folder of a run of grpo.")
     names, written = [name for name, _ in runs], []
     for file, wanted in FIGURES.items():
         charts = charts_of_runs(runs, wanted)

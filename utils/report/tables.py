@@ -349,8 +349,8 @@ def _mask_strip(encoded: Sequence[dict[str, Any]]) -> str:
     masks = decode_masks(encoded)
     width = max(1, round(MASK_HEIGHT * masks.shape[2] / masks.shape[1]))
     frames = [cv2.resize(m.astype(np.uint8) * 255, (width, MASK_HEIGHT), interpolation=cv2.INTER_AREA) for m in masks]
-    edged = [cv2.copyMakeBorder(f, 0, 0, 0, 2, cv2.BORDER_CONSTANT, value=128) for f in frames]
-    picture = cv2.imencode(".png", np.concatenate(edged, axis=1))[1].tobytes()
+    edged = [np.pad(frame, ((0, 0), (0, 2)), constant_values=128) for frame in frames]
+    picture = cv2.imencode(".png", np.hstack(edged))[1].tobytes()
     return f"data:image/png;base64,{base64.b64encode(picture).decode()}"
 
 
