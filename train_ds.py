@@ -46,13 +46,13 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from dataset.build import build_processor, training_batches, training_clips
-from dataset.prompt import load_tokenizer
-from dataset.references import build_prompts
-from model.aurora.adapters import component_counts, format_counts, total_count
+from dataset.loader import build_processor, training_batches, training_clips
+from dataset.prompt import build_prompts, load_tokenizer
 from model.aurora.build import build_model
+from model.aurora.trainable import component_counts, format_counts, total_count
 from model.aurora.trained import save_trained
-from model.stages.base import Stage, build_stage
+from model.stages import build_stage
+from model.stages.base import Stage
 from utils import checkpoint, distributed
 from utils.checkpoint import Progress
 from utils.ds import deepspeed

@@ -73,18 +73,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dataset.build import build_index, build_processor
 from dataset.clips import ClipDataset, ClipSettings
-from dataset.collate import build_loader
-from dataset.cot import read_cot
+from dataset.loader import build_index, build_loader, build_processor
 from dataset.media import read_frames
 from dataset.mini.language import chain_is_faithful
-from dataset.prompt import NEED_REASONING, load_tokenizer
-from dataset.references import build_prompts
+from dataset.prompt import NEED_REASONING, build_prompts, load_tokenizer
+from dataset.records import read_cot
 from model.aurora.build import build_model
 from model.aurora.features import FeatureCache
-from model.aurora.given import predict_given
-from model.aurora.inference import predict
+from model.aurora.inference import predict, predict_given
 from model.aurora.model import AuroraModel
 from model.aurora.trained import find_trained
 from utils import distributed

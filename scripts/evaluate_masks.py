@@ -29,12 +29,10 @@ from torch.utils.data import DataLoader, Dataset  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from configs.schema import DataConfig  # noqa: E402
-from dataset.build import build_index  # noqa: E402
-from dataset.collate import init_worker  # noqa: E402
-from dataset.media import read_frames  # noqa: E402
+from dataset.loader import build_index, init_worker  # noqa: E402
+from dataset.media import ClipIndex, read_frames, read_truth  # noqa: E402
 from dataset.predictions import Kind, PredictionFolder, read_prediction  # noqa: E402
 from dataset.refavs import Row  # noqa: E402
-from dataset.truth import ClipIndex, read_truth  # noqa: E402
 from utils.errors import DataError, run_command  # noqa: E402
 from utils.files import write_json  # noqa: E402
 from utils.metrics import PROTOCOLS  # noqa: E402

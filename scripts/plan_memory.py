@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from configs.schema import VOCABULARY, EngineConfig, RunConfig  # noqa: E402 - the root must be on the path first
-from model.aurora.meta import build_meta_model, sizes_of_base  # noqa: E402
+from model.aurora.build import build_meta_model, sizes_of_base  # noqa: E402
 from model.aurora.model import AuroraModel  # noqa: E402
 from model.aurora.trained import trained_names  # noqa: E402
 from model.objectives.mask import loss_shape  # noqa: E402
@@ -140,28 +140,26 @@ def engine_states(trained: Sequence[int], values: int, e: int, gpus: int, engine
         gpus: processes.
         engine: ZeRO stage, accumulation and offload.
     """
-    total, zero, weights = sum(trained), engine.zero_stage, values * e
-    gradients, optimiser, buffers, step, cpu = total * e, 0, 0, 0, 0
-    if total and zero == 0:
+    total, zero, stays = sum(trained), engine.zero_stage, {"weights": values * e, "buffers": 0, "step": 0, "cpu": 0}
+    if not total:
+        return stays | {"gradients": 0, "optimiser": 0}
+    if zero == 0:
         master = 4 if e == 2 else 0
-        optimiser, step = (master + 8) * total, (master + 4) * total
-    elif total:
-        share = 2 * -(-total // (2 * gpus))  # padded, so that each share begins at an even value
-        touched = [0] * gpus
-        for size, end in zip(trained, itertools.accumulate(trained), strict=True):
-            for rank in range((end - size) // share, (end - 1) // share + 1):
-                touched[rank] += size
-        own, copy = max(touched) * e, min(total, max(REDUCE_BUCKET, *trained)) * e
-        if zero == 3:
-            share = sum(-(-size // gpus) for size in trained)  # each parameter is cut and padded by itself
-            weights, copy = -(-values // gpus) * e + min(values, ZERO3_LIVE) * e, min(total, REDUCE_BUCKET) * e
-        gradients = {1: gradients + own, 2: own * (2 if engine.accumulation > 1 else 1), 3: share * e}[zero]
-        buffers = (2 if zero == 2 else 1) * REDUCE_BUCKET * e + copy
-        optimiser, step = 12 * share, (8 + e * (zero == 2)) * share
-        if engine.offload:
-            gradients, optimiser, step, cpu = max(trained) * e, 0, 0, (16 + e) * share
-    return {"weights": weights, "gradients": gradients, "optimiser": optimiser,
-            "buffers": buffers, "step": step, "cpu": cpu}  # fmt: skip
+        return stays | {"gradients": total * e, "optimiser": (master + 8) * total, "step": (master + 4) * total}
+    share = 2 * -(-total // (2 * gpus))  # padded, so that each share begins at an even value
+    touched = [0] * gpus
+    for size, end in zip(trained, itertools.accumulate(trained), strict=True):
+        for rank in range((end - size) // share, (end - 1) // share + 1):
+            touched[rank] += size
+    own, copy = max(touched) * e, min(total, max(REDUCE_BUCKET, *trained)) * e
+    if zero == 3:
+        share = sum(-(-size // gpus) for size in trained)  # each parameter is cut and padded by itself
+        stays["weights"], copy = (-(-values // gpus) + min(values, ZERO3_LIVE)) * e, min(total, REDUCE_BUCKET) * e
+    stays["buffers"] = (2 if zero == 2 else 1) * REDUCE_BUCKET * e + copy
+    if engine.offload:
+        return stays | {"gradients": max(trained) * e, "optimiser": 0, "cpu": (16 + e) * share}
+    gradients = {1: total * e + own, 2: own * (2 if engine.accumulation > 1 else 1), 3: share * e}[zero]
+    return stays | {"gradients": gradients, "optimiser": 12 * share, "step": (8 + e * (zero == 2)) * share}
 
 
 def moments(config: RunConfig, model: AuroraModel, work: Workload) -> dict[str, dict[str, int]]:

@@ -119,15 +119,15 @@ def load(
     """
     import torch
 
-    from dataset.build import build_processor
+    from dataset.loader import build_processor
     from dataset.processor import AuroraProcessor
     from dataset.prompt import load_tokenizer
     from model.aurora.build import build_model
-    from model.aurora.model import AuroraModel
+    from model.aurora.export import from_pretrained
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if (checkpoint / EXPORT_FILE).is_file():
-        return AuroraModel.from_pretrained(checkpoint, device=device), AuroraProcessor.from_pretrained(checkpoint)
+        return from_pretrained(checkpoint, device=device), AuroraProcessor.from_pretrained(checkpoint)
     config = checkpoint_config(checkpoint, overrides)
     tokenizer, seg_id = load_tokenizer(config.model.base, config.model.seg_token)
     model = build_model(config, len(tokenizer), seg_id, device)

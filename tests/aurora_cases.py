@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from configs.schema import RunConfig, TrainableConfig
-from model.aurora.adapters import apply_trainable
 from model.aurora.features import FeatureCache
 from model.aurora.model import AuroraModel
+from model.aurora.trainable import apply_trainable
 from model.backbones.videollama2.weights import load_backbone
-from model.segmenters.sam import SamSizes, Segmenter, assemble_sam
+from model.segmenters.sam import SamSegmenter, SamSizes, assemble_sam
 from utils.types import VIDEO_PLACEHOLDER, Batch, Sample
 
 BASE = Path(__file__).parent / "fixtures" / "videollama2_av_tiny"
@@ -48,9 +48,9 @@ class StubTokenizer:
         return [21, 22, SEG, 23] if text == "It is [SEG]." else [20]
 
 
-def tiny_segmenter(seed: int = 0) -> Segmenter:
+def tiny_segmenter(seed: int = 0) -> SamSegmenter:
     torch.manual_seed(seed)
-    segmenter = Segmenter(assemble_sam(SAM, SAM_SIDE), SAM)
+    segmenter = SamSegmenter(assemble_sam(SAM, SAM_SIDE), SAM)
     for parameter in segmenter.parameters():
         nn.init.normal_(parameter, std=0.2)
     return segmenter

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from configs.schema import RunConfig
-from model.aurora.adapters import MASK_DECODER, freeze
 from model.aurora.model import AuroraModel
+from model.aurora.trainable import MASK_DECODER, freeze
 from model.aurora.trained import load_mask_decoder, load_trained, save_trained
-from model.stages.base import build_stage
+from model.stages import build_stage
 from tests.aurora_cases import LORA, run_config, three_clips, tiny_model
 from utils import distributed
 from utils.engine import build_engine, trainable_state

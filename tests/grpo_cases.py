@@ -71,11 +71,11 @@ def two_clips() -> Batch:
 def given(answers: Sequence[Sequence[int]], width: int) -> Generation:
     """These answers as if they had been drawn; the [SEG] states are noise, which only the IoU reward reads."""
     ids = [torch.tensor(answer) for answer in answers]
-    has_seg = torch.tensor([SEG in answer for answer in answers])
+    asking = torch.tensor([i for i, answer in enumerate(answers) if SEG in answer], dtype=torch.long)
     texts = [StubTokenizer().decode([t for t in answer if t != STOP]) for answer in answers]
-    seg_hidden = torch.randn(len(ids), width, generator=torch.Generator().manual_seed(3)) * has_seg[:, None]
+    seg_hidden = torch.randn(len(ids), width, generator=torch.Generator().manual_seed(3))[asking]
     truncated = torch.tensor([answer[-1] != STOP for answer in answers])
-    return Generation(ids, texts, seg_hidden, has_seg, truncated, [torch.zeros(len(x)) for x in ids])
+    return Generation(ids, texts, seg_hidden, asking, truncated, [torch.zeros(len(x)) for x in ids])
 
 
 def draw_ragged(monkeypatch: pytest.MonkeyPatch) -> Generation:
@@ -88,7 +88,7 @@ def draw_ragged(monkeypatch: pytest.MonkeyPatch) -> Generation:
 def with_advantages(prepared: Rollouts) -> Rollouts:
     """Advantages of both signs, different for every answer."""
     values = torch.tensor([1.0, -0.5, -0.7, 0.3, -1.2, 0.8])
-    return replace(prepared, advantages=replace(prepared.advantages, values=values))
+    return replace(prepared, advantages=prepared.advantages._replace(values=values))
 
 
 def _draw(rule: str, rank: int) -> object:

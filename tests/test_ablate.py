@@ -18,8 +18,7 @@ import yaml
 
 from configs.schema import RunConfig
 from dataset.avsbench import AvsBenchIndex
-from dataset.media import read_audio, read_frames
-from dataset.truth import read_truth
+from dataset.media import read_audio, read_frames, read_truth
 from scripts.ablate import DECLARED, Plan, cost_table, main
 from scripts.make_mini_s4 import main as make_s4
 from tests.ablation_case import ROOT, log, make_project

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from torch.nn import functional as F
 
 from model.aurora.features import FeatureCache, tower_fingerprint
-from model.aurora.model import EMPTY_LOGIT, AuroraModel
+from model.aurora.inference import answer_mask
+from model.aurora.model import AuroraModel
 from tests.aurora_cases import (
+    FRAMES,
     LORA,
     SEG,
     VOCABULARY,
@@ -23,7 +26,7 @@ from tests.aurora_cases import (
     tiny_segmenter,
 )
 from utils.tensor_files import TensorFileError
-from utils.types import IGNORE
+from utils.types import IGNORE, MediaFeatures
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +44,9 @@ def test_every_row_equals_the_row_alone(plain: AuroraModel) -> None:
         for i, sample in enumerate(batch.samples):
             alone_batch = tiny_batch(sample)
             alone = plain(plain.pack(alone_batch, alone_batch.answers), plain.encode(alone_batch))
-            assert bool(alone.has_seg) == bool(together.has_seg[i])
-            torch.testing.assert_close(together.seg_features[i], alone.seg_features[0], atol=1e-5, rtol=1e-4)
-            torch.testing.assert_close(together.mask_logits[i], alone.mask_logits[0], atol=1e-3, rtol=1e-3)
+            own = slice(i, i + 1)  # of the two queries; the last answer has none
+            torch.testing.assert_close(together.seg_features[own], alone.seg_features, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(together.mask_logits[own], alone.mask_logits, atol=1e-3, rtol=1e-3)
 
 
 def test_seg_feature_is_the_state_at_the_last_seg_of_the_answer(plain: AuroraModel) -> None:
@@ -51,24 +54,49 @@ def test_seg_feature_is_the_state_at_the_last_seg_of_the_answer(plain: AuroraMod
     batch = three_clips()
     packed = plain.pack(batch, batch.answers)
     with torch.no_grad():
-        output = plain(packed, plain.encode(batch))
+        output, hidden = plain(packed, plain.encode(batch)), plain.hidden_states(packed, plain.encode(batch))
     media = plain.backbone.config.video_tokens(2) + plain.backbone.config.audio_tokens(40)
     position = 9 + media + 4  # prompt words, media, index of the last [SEG] within the answer
     assert packed.token_ids[1, position] == SEG
     projection = plain.text_hidden_fcs[0]
-    by_hand = projection[2](F.relu(projection[0](output.hidden[1, position])))
+    by_hand = projection[2](F.relu(projection[0](hidden[1, position])))
     torch.testing.assert_close(output.seg_features[1], by_hand, atol=1e-6, rtol=1e-5)
 
 
-def test_an_answer_without_seg_has_no_feature_no_mask_and_no_gradient(plain: AuroraModel) -> None:
+def test_an_answer_without_seg_has_no_query(plain: AuroraModel) -> None:
     batch = three_clips()
+    packed = plain.pack(batch, batch.answers)
+    output = plain(packed, plain.encode(batch))
+    assert packed.has_seg.tolist() == [True, True, False] and packed.answer_of_query.tolist() == [0, 1]
+    assert output.seg_features.shape == (2, 32) and output.mask_logits.shape == (2, FRAMES, 16, 16)
+
+
+def test_a_batch_without_queries_decodes_no_mask_but_keeps_the_decoder_in_the_graph(plain: AuroraModel) -> None:
+    """Its gradients are there and zero, as processes whose batches have queries expect of it."""
+    batch = tiny_batch(tiny_sample(0, answer=(4, 5)), tiny_sample(1, answer=(6,)))
     output = plain(plain.pack(batch, batch.answers), plain.encode(batch))
-    assert output.has_seg.tolist() == [True, True, False]
-    assert not output.seg_features[2].any()
-    assert (output.mask_logits[2] == EMPTY_LOGIT).all() and (output.mask_logits[0] != EMPTY_LOGIT).any()
-    head = list(plain.text_hidden_fcs.parameters())
-    gradients = torch.autograd.grad(output.seg_features[2].sum() + output.mask_logits[2].sum(), head)
-    assert not any(g.any() for g in gradients)
+    assert output.seg_features.shape == (0, 32) and output.mask_logits.shape == (0, FRAMES, 16, 16)
+    trained = [*plain.text_hidden_fcs.parameters(), plain.segmenter.sam.mask_decoder.mask_tokens.weight]
+    assert not any(g.any() for g in torch.autograd.grad(output.mask_logits.sum(), trained))
+
+
+def test_an_answer_about_two_objects_has_two_queries(plain: AuroraModel) -> None:
+    """Queries are a list of their own: the second row asks at both of its [SEG]."""
+    batch = three_clips()
+    packed, media = plain.pack(batch, batch.answers), plain.encode(batch)
+    row, last = packed.token_ids[1], int(packed.seg_positions[1])
+    first = int((row == SEG).nonzero()[0])
+    both = replace(
+        packed, answer_of_query=torch.tensor([0, 1, 1]), position_of_query=torch.tensor(
+            [int(packed.seg_positions[0]), first, last]
+        )
+    )
+    with torch.no_grad():
+        output, single = plain(both, media), plain(packed, media)
+    assert first < last and both.seg_positions.tolist() == packed.seg_positions.tolist()
+    torch.testing.assert_close(output.mask_logits[[0, 2]], single.mask_logits, atol=1e-4, rtol=1e-4)
+    union = answer_mask(output.mask_logits, both.answer_of_query, 1)
+    assert torch.equal(union > 0, (output.mask_logits[1] > 0) | (output.mask_logits[2] > 0))
 
 
 def test_logits_are_those_of_the_whole_sequence(plain: AuroraModel) -> None:
@@ -76,7 +104,7 @@ def test_logits_are_those_of_the_whole_sequence(plain: AuroraModel) -> None:
     packed = plain.pack(batch, batch.answers)
     with torch.no_grad():
         output = plain(packed, plain.encode(batch))
-        everywhere = plain.backbone.language_model.lm_head(output.hidden)
+        everywhere = plain.backbone.lm_head(plain.hidden_states(packed, plain.encode(batch)))
     assert output.answer_labels.tolist() == [t for a in batch.answers for t in a.tolist()]
     row_major = [
         everywhere[b, s - 1] for b in range(3) for s in range(packed.labels.shape[1]) if packed.labels[b, s] != IGNORE
@@ -95,7 +123,7 @@ def test_chosen_frames_are_frames_of_the_whole_decode(plain: AuroraModel) -> Non
         index = torch.tensor([[1], [0], [1]])
         some = plain(packed, media, index).mask_logits
         no_images = plain(packed, plain.encode(batch, masks=False)).mask_logits
-    torch.testing.assert_close(some, whole[torch.arange(3)[:, None], index], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(some, whole[torch.arange(2)[:, None], index[:2]], atol=1e-4, rtol=1e-4)
     assert no_images is None
 
 
@@ -175,7 +203,8 @@ def test_towers_read_the_memory_of_the_batch(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(tower, "forward", noted)
     own = {name: {getattr(batch, name).untyped_storage().data_ptr()} for name in (*towers, "sam_pixels")}
     for cache in ("none", "memory"):
-        model.encode(batch, cache=FeatureCache(cache))
+        model.feature_cache = FeatureCache(cache)
+        model.encode(batch)
         assert read == own
         read.clear()
 
@@ -183,14 +212,15 @@ def test_towers_read_the_memory_of_the_batch(monkeypatch: pytest.MonkeyPatch) ->
 def test_cache_shares_equal_keys_and_keeps_no_batch_alive() -> None:
     cache, calls = FeatureCache("memory"), []
 
-    def compute(rows: slice) -> torch.Tensor:
-        calls.append(rows.start)
-        return torch.tensor([[0.0], [10.0], [20.0]])[rows]
+    def run(rows: torch.Tensor) -> torch.Tensor:
+        calls.append(rows.flatten().tolist())
+        return 10 * rows
 
-    assert cache.fetch("t", ["a", "b", "a"], compute).tolist() == [[0.0], [10.0], [0.0]]
-    assert cache.fetch("t", ["b", "c"], compute).tolist() == [[10.0], [10.0]]
-    assert calls == [0, 1, 1] and len(cache) == 3 and cache.bytes == 12
-    assert cache.fetch("other", ["a"], compute).tolist() == [[0.0]]
+    rows = torch.tensor([[0.0], [1.0], [2.0]])
+    assert cache.fetch("t", ["a", "b", "a"], run, rows).tolist() == [[0.0], [10.0], [0.0]]
+    assert cache.fetch("t", ["b", "c"], run, rows[1:]).tolist() == [[10.0], [20.0]]
+    assert calls == [[0.0], [1.0], [2.0]]
+    assert cache.fetch("other", ["a"], run, rows[:1]).tolist() == [[0.0]]
     with pytest.raises(ValueError, match="folder"):
         FeatureCache("disk")
     with pytest.raises(ValueError, match="tape"):
@@ -200,22 +230,23 @@ def test_cache_shares_equal_keys_and_keeps_no_batch_alive() -> None:
 def test_features_on_disk_outlive_the_model_but_neither_its_weights_nor_the_media(tmp_path: Path) -> None:
     model, batch = tiny_model().requires_grad_(False).eval(), three_clips()
 
-    def cache() -> FeatureCache:
-        return FeatureCache("disk", tmp_path, lambda tower: tower_fingerprint(model, tower))
+    def encode(mode: str = "disk") -> MediaFeatures:
+        """As a new process would."""
+        model.feature_cache = FeatureCache(mode, tmp_path, lambda tower: tower_fingerprint(model, tower))
+        return model.encode(batch)
 
-    plain = model.encode(batch, cache=FeatureCache("memory"))
-    first = model.encode(batch, cache=cache())
+    plain, first = encode("memory"), encode()
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
-    again = model.encode(batch, cache=cache())
+    again = encode()
     assert torch.equal(first.image_embeddings, plain.image_embeddings) and torch.equal(first.video, plain.video)
     assert torch.equal(again.image_embeddings, first.image_embeddings) and torch.equal(again.video, first.video)
     assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     batch.sam_pixels[0] += 0.5  # the clip's media change under the same name
-    assert not torch.equal(model.encode(batch, cache=cache()).image_embeddings[0], first.image_embeddings[0])
+    assert not torch.equal(encode().image_embeddings[0], first.image_embeddings[0])
     with torch.no_grad():
         model.segmenter.sam.image_encoder.pos_embed += 1.0
     count = len(list(tmp_path.rglob("image_encoder-*/*")))
-    model.encode(batch, cache=cache())
+    encode()
     assert len(list(tmp_path.rglob("image_encoder-*/*"))) == count + len({s.clip for s in batch.samples})
 
 

@@ -1,4 +1,4 @@
-"""AVSBench S4 and MS3 from miniature copies of both published layouts to samples, losses and scores."""
+"""AVSBench S4 and MS3 from miniature copies of both released layouts to samples, losses and scores."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import torch
 import train_ds_test
 from configs.schema import DataConfig
 from dataset.avsbench import CATEGORY_OBJECTS, AvsBenchIndex
-from dataset.build import build_index, build_processor, training_clips
 from dataset.clips import ClipDataset, ClipSettings
-from dataset.collate import build_loader
+from dataset.loader import build_index, build_loader, build_processor, training_clips
 from dataset.processor import AuroraProcessor
 from dataset.prompt import Prompts, load_tokenizer
 from dataset.refavs import RefAvsIndex
 from model.aurora.build import build_model
 from model.aurora.trained import save_trained
-from model.stages.base import build_stage, draw_frames
+from model.stages import build_stage
+from model.stages.base import draw_frames
 from model.stages.grpo import judge
 from tests.aurora_cases import SEG, tiny_batch, tiny_model, tiny_sample
 from tests.avsbench_cases import FRAMES, MS3, S4, write_v1, write_v2
@@ -126,8 +126,9 @@ def test_only_annotated_frames_are_trained_rewarded_and_scored() -> None:
     assert draw_frames(batch, None, torch.device("cpu"))[0].tolist() == [1]
     model = tiny_model()
     width = model.backbone.language_model.config.hidden_size
-    hidden, yes = torch.randn(2, width, generator=torch.Generator().manual_seed(0)), torch.tensor([True, True])
-    answers = Generation([torch.tensor([SEG])] * 2, ["[SEG]"] * 2, hidden, yes, ~yes)
+    hidden = torch.randn(2, width, generator=torch.Generator().manual_seed(0))
+    whole_answers = torch.zeros(2, dtype=torch.bool)
+    answers = Generation([torch.tensor([SEG])] * 2, ["[SEG]"] * 2, hidden, torch.arange(2), whole_answers)
     ious = []
     for frame in (1, 0, 1):  # the second time an unannotated frame has been changed, the third time an annotated one
         with torch.no_grad():

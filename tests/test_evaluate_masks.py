@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from dataset.media import read_truth
 from dataset.predictions import PredictionFolder, read_prediction
 from dataset.refavs import RefAvsIndex
-from dataset.truth import read_truth
 from scripts import evaluate_masks
 from tests.avsbench_cases import write_v1
 from tests.data_builders import write_world

@@ -11,21 +11,21 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from configs.schema import ModelConfig, RunConfig, TrainableConfig
 from dataset.processor import AuroraProcessor
 from dataset.prompt import load_tokenizer
-from model.aurora.adapters import apply_trainable
 from model.aurora.build import build_model
-from model.aurora.export import ADAPTER, DECODER, HEAD, REST, SAM, SAM_JSON
+from model.aurora.export import SAM, SAM_JSON, from_pretrained, save_pretrained
 from model.aurora.inference import predict
 from model.aurora.model import AuroraModel
-from model.aurora.trained import SETTINGS, check_fit, load_trained, read_trained, save_trained
+from model.aurora.trainable import apply_trainable
+from model.aurora.trained import SETTINGS, TENSORS, load_trained, read_trained, save_trained
 from model.backbones.videollama2.weights import load_backbone
 from model.segmenters.sam import build_segmenter
-from scripts.export import export, exported_config, main
+from scripts.export import export, main
 from tests.aurora_cases import BASE, LORA, SAM_SIDE, SEG, WHOLE, stir, three_clips, tiny_model, tiny_segmenter
 from tests.aurora_cases import SAM as SIZES
 from tests.data_builders import write_tokenizer
@@ -77,22 +77,20 @@ def same(found: AuroraModel, wanted: AuroraModel, tolerance: float) -> None:
 def test_light_and_merged_load_back_with_equal_outputs(kind: str, sam: ModelConfig, tmp_path: Path) -> None:
     model = trained(kind, sam)
     before = {k: x.clone() for k, x in model.state_dict().items()}
-    light, merged = model.save_pretrained(tmp_path / "light", merge=False), model.save_pretrained(tmp_path / "merged")
+    light, merged = save_pretrained(model, tmp_path / "light", merge=False), save_pretrained(model, tmp_path / "merged")
     assert all(torch.equal(x, before[k]) for k, x in model.state_dict().items())  # saving changed nothing
-    again = AuroraModel.from_pretrained(light)
+    again = from_pretrained(light)
     assert not again.training and not any(p.requires_grad for p in again.parameters())
     same(again, model, 1e-6)
-    whole = AuroraModel.from_pretrained(merged)
+    whole = from_pretrained(merged)
     assert not any(".lora_" in k or "seg_row" in k for k in whole.state_dict())
     same(whole, model, 2e-5)
-    assert (light / ADAPTER).is_file() == (kind in ("lora and rows", "vocabulary"))
-    assert (light / REST).is_file() == (kind in ("whole", "rows alone"))
-    assert {HEAD, DECODER} <= {path.name for path in light.iterdir()}
+    assert (light / "adapter_config.json").is_file() == (kind in ("lora and rows", "vocabulary"))
 
 
 def test_merged_folder_is_a_released_folder_and_sam_a_released_sam(sam: ModelConfig, tmp_path: Path) -> None:
     model = trained("lora and rows", sam)
-    folder = model.save_pretrained(tmp_path)
+    folder = save_pretrained(model, tmp_path)
     shutil.move(folder, tmp_path.with_name("moved"))  # paths inside are relative
     folder = tmp_path.with_name("moved")
     backbone, report = load_backbone(folder)
@@ -109,13 +107,10 @@ def test_merged_folder_is_a_released_folder_and_sam_a_released_sam(sam: ModelCon
 
 @pytest.mark.parametrize("kind", ["lora and rows", "vocabulary"])
 def test_peft_itself_reads_the_adapters(kind: str, sam: ModelConfig, tmp_path: Path) -> None:
-    """On a plain joint model with the head and the decoder put in, as its user would."""
+    """On a plain joint model: adapters, [SEG] rows, vocabulary, head and decoder."""
     model = trained(kind, sam)
-    folder = model.save_pretrained(tmp_path, merge=False)
-    plain = tiny_model().eval()
-    plain.load_state_dict(load_file(folder / HEAD), strict=False)
-    plain.segmenter.sam.load_state_dict(load_file(folder / DECODER), strict=False)
-    adapted = PeftModel.from_pretrained(plain, str(folder))
+    folder = save_pretrained(model, tmp_path, merge=False)
+    adapted = PeftModel.from_pretrained(tiny_model().eval(), str(folder))
     assert adapted.peft_config["default"].r == 2
     same(adapted.base_model.model, model, 1e-6)
 
@@ -123,41 +118,40 @@ def test_peft_itself_reads_the_adapters(kind: str, sam: ModelConfig, tmp_path: P
 def test_bf16_exports_stay_near_each_other(sam: ModelConfig, tmp_path: Path) -> None:
     """Merged weights are rounded once more: mean deviation of the logits under 2 % of their root mean square."""
     model = trained("lora and rows", sam).to(torch.bfloat16)
-    light, merged = model.save_pretrained(tmp_path / "light", merge=False), model.save_pretrained(tmp_path / "merged")
-    first, second = (outputs(AuroraModel.from_pretrained(folder))[0].float() for folder in (light, merged))
-    assert AuroraModel.from_pretrained(merged).backbone.dtype == torch.bfloat16
+    light, merged = save_pretrained(model, tmp_path / "light", merge=False), save_pretrained(model, tmp_path / "merged")
+    first, second = (outputs(from_pretrained(folder))[0].float() for folder in (light, merged))
+    assert from_pretrained(merged).backbone.dtype == torch.bfloat16
     assert (first - second).abs().mean() < 0.02 * first.square().mean().sqrt()
 
 
-def test_a_light_export_stands_in_a_checkpoints_place(sam: ModelConfig, tmp_path: Path) -> None:
+def test_a_light_export_is_a_light_checkpoint(sam: ModelConfig, tmp_path: Path) -> None:
     model = trained("vocabulary", sam)
-    save_trained(model, tmp_path / "run")
-    model.save_pretrained(tmp_path / "light", merge=False)
-    ours, theirs = read_trained(tmp_path / "run"), read_trained(tmp_path / "light")
-    assert ours.trainable == theirs.trainable and ours.tensors.keys() == theirs.tensors.keys()
-    assert all(torch.equal(ours.tensors[k], theirs.tensors[k]) for k in ours.tensors)
-    check_fit(theirs, tiny_model(VOCABULARY))
+    save_trained(model, tmp_path / "run" / "final")
+    light = save_pretrained(model, tmp_path / "light", merge=False)
+    assert (light / TENSORS).read_bytes() == (tmp_path / "run" / "final" / TENSORS).read_bytes()
+    same(from_pretrained(tmp_path / "run"), model, 1e-6)
 
 
 def test_faults_are_named(sam: ModelConfig, tmp_path: Path) -> None:
     model = trained("vocabulary", sam)
-    folder = model.save_pretrained(tmp_path / "light", merge=False)
+    folder = save_pretrained(model, tmp_path / "light", merge=False)
     settings = json.loads((folder / SETTINGS).read_text())
     moved = settings | {"model": settings["model"] | {"base": "/nowhere"}}
     (folder / SETTINGS).write_text(json.dumps(moved))
     with pytest.raises(WeightsError, match="base is /nowhere, which does not exist. Remedy: pass base="):
-        AuroraModel.from_pretrained(folder)
-    same(AuroraModel.from_pretrained(folder, base=BASE), model, 1e-6)
-    save_file({"text_hidden_fcs.0.0.weight": torch.zeros(1)}, folder / HEAD)
-    with pytest.raises(WeightsError, match="seg_head.safetensors: missing, or not the file"):
-        AuroraModel.from_pretrained(folder, base=BASE)
-    with pytest.raises(WeightsError, match="cannot be read"):
-        AuroraModel.from_pretrained(tmp_path)
+        from_pretrained(folder)
+    same(from_pretrained(folder, base=BASE), model, 1e-6)
+    save_file({"text_hidden_fcs.0.0.weight": torch.zeros(1)}, folder / TENSORS)
+    with pytest.raises(WeightsError, match=f"{TENSORS}: missing, or not the file"):
+        from_pretrained(folder, base=BASE)
+    with pytest.raises(WeightsError, match="no light checkpoint"):
+        from_pretrained(tmp_path / "nothing")
+    model.origin = None
     save_trained(model, tmp_path / "run")
-    with pytest.raises(WeightsError, match="no export. Remedy: write one with scripts/export.py"):
-        AuroraModel.from_pretrained(tmp_path / "run")
+    with pytest.raises(WeightsError, match="does not say where.*Remedy: write an export .* scripts/export.py"):
+        from_pretrained(tmp_path / "run")
     with pytest.raises(RuntimeError, match="the model's base is unknown"):
-        tiny_model(LORA).save_pretrained(tmp_path / "none")
+        save_pretrained(model, tmp_path / "none")
 
 
 def test_float16_that_overflows_is_told_to_use_bf16(sam: ModelConfig, tmp_path: Path) -> None:
@@ -165,14 +159,14 @@ def test_float16_that_overflows_is_told_to_use_bf16(sam: ModelConfig, tmp_path: 
     model = trained("rows alone", sam)
     with torch.no_grad():
         model.backbone.language_model.model.layers[0].mlp.down_proj.weight.mul_(3e4)
-    folder = model.save_pretrained(tmp_path)
-    model = AuroraModel.from_pretrained(folder, dtype=torch.float16)
+    folder = save_pretrained(model, tmp_path)
+    model = from_pretrained(folder, dtype=torch.float16)
     batch = three_clips()
     with pytest.raises(NonFiniteError, match="type float16.*overflow in float16. Remedy: load the weights in bf16"):
         predict(model, batch, _Words(), max_new_tokens=2)
     with pytest.raises(NonFiniteError, match="bf16"):
         outputs(model)
-    assert all(x.isfinite().all() for x in outputs(AuroraModel.from_pretrained(folder, dtype=torch.bfloat16)))
+    assert all(x.isfinite().all() for x in outputs(from_pretrained(folder, dtype=torch.bfloat16)))
 
 
 class _Words:
@@ -226,7 +220,7 @@ def test_export_command_writes_folders_that_answer_alike(
     for kind in ("light", "merged"):
         out = tmp_path / kind
         assert main([str(run[0].parent), str(out), "--kind", kind, "--metrics", str(metrics)]) == 0
-        model, processor = AuroraModel.from_pretrained(out), AuroraProcessor.from_pretrained(out)
+        model, processor = from_pretrained(out), AuroraProcessor.from_pretrained(out)
         processor = AuroraProcessor.from_pretrained(out, audio_windows=None)
         batch = processor(*clip(), " The dog ")
         predictions.append(predict(model, batch, processor.tokenizer, 4)[0])
@@ -245,8 +239,7 @@ def test_evaluation_reads_both_exports(run: tuple[Path, RunConfig], tmp_path: Pa
     """build_model with eval.checkpoint: the run, its light export, its merged export as base and checkpoint."""
     models = []
     for kind in ("light", "merged"):
-        config = exported_config(run[0], None)
-        export(config, tmp_path / kind, kind)
+        export(run[0], tmp_path / kind, kind)
         settings = yaml.safe_load((tmp_path / kind / "config.yaml").read_text())
         section = settings["model"] | {"attention": "sdpa"}
         evaluation = {"stage": "eval", "model": section, "eval": {"checkpoint": str(tmp_path / kind)}}

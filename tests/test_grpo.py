@@ -1,22 +1,28 @@
-"""Stage 3: the shared prompt against full copies, log-probabilities against step-by-step decoding."""
+"""Stage 3: the shared prompt against full copies, log-probabilities against step-by-step decoding, what is trained and
+logged, what steps change, and the reference policy."""
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.schema import TrainableConfig
+from model.aurora.generation import generate
 from model.aurora.model import AuroraModel
 from model.backbones.videollama2.backbone import VideoLlama2
 from model.objectives import policy
-from model.stages.grpo import GrpoStage, Rollouts
+from model.objectives.rewards import Judged, frame_iou
+from model.stages.grpo import GrpoStage, Rollouts, supervised_answers
 from tests.aurora_cases import (
     LORA,
     SEG,
+    STOP,
+    VOCABULARY,
     WHOLE,
     StubTokenizer,
     stir,
@@ -25,10 +31,12 @@ from tests.aurora_cases import (
     tiny_sample,
     tiny_segmenter,
 )
-from tests.grpo_cases import RAGGED, draw_ragged, grpo_config, make_stage, two_clips, with_advantages
+from tests.grpo_cases import RAGGED, draw_ragged, given, grpo_config, make_stage, two_clips, with_advantages
 from tests.oracles.plain_grpo import PlainEngine, PlainGrpoStage
 from tests.test_backbone_parity import split
-from utils.types import Generation, MediaFeatures
+from utils.errors import ConfigError
+from utils.results import decode_masks
+from utils.types import Batch, Generation, MediaFeatures
 
 
 @pytest.fixture
@@ -83,7 +91,7 @@ def test_outputs_equal_full_copies(drawn: Generation) -> None:
         wanted = plain(prepared.packed, prepared.media, prepared.frame_index)
     for name in ("log_probs", "entropy", "seg_features", "mask_logits"):
         torch.testing.assert_close(getattr(ours, name), getattr(wanted, name), rtol=1e-4, atol=2e-5, msg=name)
-    assert torch.equal(ours.has_seg, wanted.has_seg) and ours.has_seg.tolist() == [True, True, False, True, False, True]
+    assert prepared.packed.answer_of_query.tolist() == [0, 1, 3, 5] and len(ours.seg_features) == 4
     assert prepared.packed.token_ids.shape[1] == max(map(len, RAGGED))
 
 
@@ -204,3 +212,185 @@ def test_bf16(drawn: Generation) -> None:
     assert 0 < apart < 0.2
     gradients = [p.grad for p in stage.model.parameters() if p.grad is not None]
     assert gradients and all(g.dtype == torch.bfloat16 and g.isfinite().all() for g in gradients)
+
+
+# ---- which masks are trained, what is logged, what is kept
+
+
+def judged_of(answers: list, batch: Batch) -> list[Judged]:
+    """The answers, equally many about each clip."""
+    texts, group = given(answers, 8).texts, len(answers) // len(batch)
+    return [
+        Judged(text, batch.samples[i // group], 0.5, SEG in answer, False, len(answer))
+        for i, (text, answer) in enumerate(zip(texts, answers, strict=True))
+    ]
+
+
+def test_which_masks_are_trained() -> None:
+    judged = judged_of(RAGGED, two_clips())
+    judged[0] = replace(judged[0], text="The target is dog. It is [SEG].")
+    judged[2] = replace(judged[2], text="The target is dog.")
+    rewards = torch.tensor([1.0, 2.0, 3.0, 1.0, 5.0, 1.0])
+    wanted = {
+        "all": [True, True, False, True, False, True],
+        "class_correct": [True, False, False, False, False, False],
+        "best": [False, True, False, True, False, False],
+        "none": [False] * 6,
+    }
+    for rule, flags in wanted.items():
+        assert supervised_answers(rule, judged, rewards, 3).tolist() == flags, rule
+    nothing = judged_of([[1], [2]], tiny_batch(tiny_sample(0)))
+    assert supervised_answers("best", nothing, torch.zeros(2), 2).tolist() == [False, False]
+
+
+def test_scalars_and_truncation(drawn: Generation) -> None:
+    stage = make_stage(grpo_config(mask_truncated=True))
+    prepared = stage.prepare(two_clips())
+    assert prepared.trained.tolist() == [True, False, False, True, True, True]
+    parts = {k: v.item() for k, v in stage.loss(prepared).parts.items()}
+    names = {"reward_all", "reward_format", "reward_iou", "reward_class", "reward_length_reward", "completion_length",
+             "truncated_share", "group_std", "zero_variance_share", "supervised_share", "entropy", "clip_fraction",
+             "policy_loss", "mask_bce_loss", "mask_dice_loss", "mask_loss", "loss", "sampling_gap"}  # fmt: skip
+    assert set(parts) == names
+    again = stage.loss(stage.prepare(two_clips())).parts  # the second time there is a time since the first
+    assert set(again) == names | {"tokens_per_second"} and again["tokens_per_second"] > 0
+    assert parts["completion_length"] == pytest.approx(sum(map(len, RAGGED)) / 6)
+    assert parts["truncated_share"] == pytest.approx(2 / 6) and parts["zero_variance_share"] == 0
+    assert parts["reward_length_reward"] == pytest.approx(sum(map(len, RAGGED)) / 24)
+    assert parts["loss"] == pytest.approx(parts["policy_loss"] + parts["mask_loss"], rel=1e-6)
+    assert 0 < parts["entropy"] <= math.log(VOCABULARY)
+
+
+def test_equal_rewards_leave_only_the_masks(drawn: Generation) -> None:
+    config = grpo_config(WHOLE, reward_module=None, reward_weights={"format": 1.0})
+    stage = make_stage(config)
+    prepared = stage.prepare(two_clips())
+    step = stage.loss(prepared)
+    step.total.backward()
+    assert step.parts["zero_variance_share"].item() == 1 and step.parts["policy_loss"].item() == 0
+    head = stage.model.backbone.language_model.lm_head.weight.grad
+    assert head.abs().max() == 0 and stage.model.text_hidden_fcs[0][0].weight.grad.abs().max() > 0
+
+
+def test_stop_token_is_scored(drawn: Generation) -> None:
+    """<|im_end|> belongs to the answer: its probability is trained too."""
+    packed = make_stage(grpo_config()).prepare(two_clips()).packed
+    assert (packed.targets == STOP).sum() == sum(STOP in answer for answer in RAGGED)
+
+
+def test_samples_are_kept_with_rewards_and_masks(drawn: Generation) -> None:
+    """Every answer of the last batch, for samples.jsonl."""
+    stage = make_stage(grpo_config(mask_loss_on="best"))
+    prepared = stage.prepare(two_clips())
+    records = json.loads(json.dumps(stage.records(prepared)))
+    assert [(r["row"], r["sample"]) for r in records] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert [r["tokens"] for r in records] == list(map(len, RAGGED))
+    assert [r["mask_trained"] for r in records] == prepared.supervised.tolist()
+    for number, record in enumerate(records):
+        assert record["reward"] == pytest.approx(sum(record["rewards"].values()), abs=1e-3)
+        assert record["reward"] == pytest.approx(prepared.rewards.total[number].item(), abs=1e-4)
+        assert record["advantage"] == pytest.approx(prepared.advantages.values[number].item(), abs=1e-4)
+        assert record["answer"] == prepared.answers.texts[number] and bool(record["masks"]) is record["has_seg"]
+        if record["has_seg"]:
+            masks = torch.from_numpy(decode_masks(record["masks"]))
+            truth = prepared.batch.masks[number // 3]
+            assert masks.shape == truth.shape
+            assert record["rewards"]["iou"] == pytest.approx(frame_iou(masks.float() * 2 - 1, truth), abs=1e-3)
+
+
+# ---- what a step and a run of steps change
+
+
+def test_a_bandit_is_solved() -> None:
+    """Two words, four clips, the right word depends on the clip: greedy accuracy from chance to 1."""
+    torch.manual_seed(0)
+    trainable = WHOLE.model_copy(update={"mask_decoder": False, "seg_head": False, "full": (r"lm_head",)})
+    weights = {"right_token": 1.0}
+    config = grpo_config(
+        trainable, mask_loss_on="none", group_size=8, max_new_tokens=1, reward_weights=weights,
+        reward_module="tests.grpo_cases:right_token",
+    )  # fmt: skip
+    stage = make_stage(config)
+    model, batch = stage.model, tiny_batch(*(tiny_sample(row) for row in range(4)))
+    width = model.backbone.language_model.lm_head.in_features
+    head = nn.Linear(width, VOCABULARY)
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.fill_(-30.0)
+        head.bias[[10, 20]] = 0.0
+    model.backbone.language_model.lm_head = head
+    model.eval()
+    media = model.encode(batch)
+
+    def accuracy() -> float:
+        texts = generate(model, batch, media, StubTokenizer(), 1).texts
+        return sum(text == ("w10", "w20")[row % 2] for row, text in enumerate(texts)) / 4
+
+    assert accuracy() == 0.5
+    optimizer = torch.optim.AdamW([head.weight], lr=0.02, weight_decay=0.0)
+    rewards = []
+    for _ in range(40):
+        prepared = stage.prepare(batch)
+        step = stage.loss(prepared)
+        optimizer.zero_grad()
+        step.total.backward()
+        optimizer.step()
+        rewards.append(step.parts["reward_all"].item())
+    assert accuracy() == 1.0
+    assert rewards[0] < 0.75 < 0.9 < sum(rewards[-5:]) / 5
+
+
+def test_a_step_raises_what_was_better(drawn: Generation) -> None:
+    """Log-probability of answers rises with a positive advantage and falls with a negative one."""
+    stage = make_stage(grpo_config(WHOLE, mask_loss_on="none"))
+    prepared = with_advantages(stage.prepare(two_clips()))
+    parameters = [p for p in stage.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=1e-3)
+    stage.loss(prepared).total.backward()
+    optimizer.step()
+    with torch.no_grad():
+        after = stage.model(prepared.packed, prepared.media).log_probs
+    change = (after - prepared.old_log_probs).sum(1) / prepared.packed.mask.sum(1)
+    assert (change * prepared.advantages.values).sum() > 0
+    assert change[0] > 0 and change[4] < 0
+
+
+def test_several_updates_keep_the_old_policy(drawn: Generation) -> None:
+    stage = make_stage(grpo_config(WHOLE, mask_loss_on="none", updates_per_batch=2))
+    prepared = with_advantages(stage.prepare(two_clips()))
+    stage.loss(prepared)
+    old = prepared.old_log_probs.clone()
+    stir(stage.model, 3)
+    moved = stage.loss(prepared)
+    assert torch.equal(prepared.old_log_probs, old) and moved.parts["clip_fraction"] > 0
+    assert not moved.parts["policy_loss"].isnan()
+
+
+# ---- the reference policy
+
+
+def test_kl_to_the_start(drawn: Generation) -> None:
+    """0 at the start, positive after a move; its gradient is that of k3 by finite differences of the total."""
+    stage = make_stage(grpo_config(LORA, beta=0.5, mask_loss_on="none"))
+    prepared = with_advantages(stage.prepare(two_clips()))
+    assert stage.loss(prepared).parts["kl"].abs().item() < 1e-9
+    stir(stage.model, 4)
+    again = with_advantages(stage.prepare(two_clips()))
+    torch.testing.assert_close(again.reference, prepared.reference)
+    step = stage.loss(again)
+    difference = (again.reference - again.old_log_probs).masked_fill(~again.packed.mask, 0)
+    k3 = difference.exp() - difference - 1
+    by_hand = (k3.sum(1) / again.packed.mask.sum(1)).mean()
+    assert step.parts["kl"].item() == pytest.approx(by_hand.item(), rel=1e-5) and by_hand > 1e-4
+    assert step.total.item() == pytest.approx(step.parts["policy_loss"].item() + 0.5 * by_hand.item(), rel=1e-5)
+
+
+def test_no_reference_at_beta_zero() -> None:
+    assert make_stage(grpo_config()).reference is None
+
+
+def test_reference_needs_whole_parameters() -> None:
+    model = tiny_model(LORA)
+    next(p for p in model.parameters() if p.requires_grad).ds_id = 0
+    with pytest.raises(ConfigError, match="needs whole parameters"):
+        GrpoStage(grpo_config(LORA, beta=0.1), model, StubTokenizer())

@@ -20,7 +20,7 @@ ROOMS = {
     "model.segmenters": {"configs", "utils", "model.segmenters"},
     "model.objectives": {"utils", "model.objectives"},
     "model.aurora": {"configs", "utils", "model.backbones", "model.segmenters", "model.objectives", "model.aurora"},
-    "model.stages": {"configs", "utils", "model.backbones", "model.aurora", "model.objectives", "model.stages"},
+    "model.stages": {"configs", "utils", "model.aurora", "model.objectives", "model.stages"},
     "scripts": {"configs", "utils", "dataset", "model", "scripts", "train_ds", "train_ds_test"},
     "scripts.dev": {"configs", "utils", "dataset", "model", "scripts", "tests.oracles"},
     "tests.oracles": {"configs", "utils", "model"},

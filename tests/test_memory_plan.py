@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from configs.schema import EngineConfig, TrainableConfig
-from model.aurora.meta import build_meta_model
+from model.aurora.build import build_meta_model
 from model.aurora.model import AuroraModel
 from model.backbones.videollama2.config import RELEASED
 from model.objectives.mask import mask_losses
 from model.segmenters.sam import build_segmenter
-from model.stages.base import build_stage
+from model.stages import build_stage
 from scripts.plan_memory import (
     DECODER_FROZEN,
     DECODER_TRAINED,

@@ -1,4 +1,4 @@
-"""Mask and distillation losses against formulas written out as loops, values worked by hand, and their gradients."""
+"""Mask losses against formulas written out as loops, values worked by hand, and their gradients."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.objectives.distill import feature_distillation
 from model.objectives.mask import loss_shape, mask_bce, mask_dice, mask_losses, shrink_target
 
 
@@ -110,7 +109,7 @@ def test_no_answer_with_a_mask_is_zero() -> None:
 def test_disagreeing_masks_are_refused() -> None:
     with pytest.raises(ValueError, match="1 predicted masks against 0"):
         mask_losses([torch.zeros(1, 2, 2)], [])
-    with pytest.raises(ValueError, match="answer 0"):
+    with pytest.raises(ValueError, match="query 0"):
         mask_losses([torch.zeros(1, 2, 2)], [torch.zeros(1, 2, 3)])
 
 
@@ -133,34 +132,3 @@ def test_shrunk_targets_are_covered_shares() -> None:
     mask[0, 0, 0] = mask[0, 2:, 2:] = True
     torch.testing.assert_close(shrink_target(mask, (2, 2)), torch.tensor([[[0.25, 0.0], [0.0, 1.0]]]))
     assert shrink_target(mask, (4, 4)) is mask
-
-
-def test_distillation_is_the_mean_square_over_answers_with_both() -> None:
-    generator = torch.Generator().manual_seed(0)
-    teacher, student = torch.randn(2, 3, 4, generator=generator).unbind(0)
-    student = student.clone().requires_grad_()
-    has_teacher, has_student = torch.tensor([True, True, False]), torch.tensor([True, False, True])
-    loss = feature_distillation(teacher, student, has_teacher, has_student)
-    by_hand = sum((s - t) ** 2 for s, t in zip(student[0].tolist(), teacher[0].tolist(), strict=True)) / 4
-    assert loss.item() == pytest.approx(by_hand, rel=1e-6)
-    (gradient,) = torch.autograd.grad(loss, student)
-    torch.testing.assert_close(gradient[0], 2 * (student[0] - teacher[0]).detach() / 4)
-    assert not gradient[1:].any()
-
-
-def test_distillation_without_a_common_answer_is_zero() -> None:
-    none = torch.tensor([False, True])
-    assert feature_distillation(torch.ones(2, 3), torch.zeros(2, 3), none, ~none).item() == 0
-
-
-def test_distillation_does_not_train_the_teacher() -> None:
-    teacher, student = torch.ones(1, 3, requires_grad=True), torch.zeros(1, 3, requires_grad=True)
-    yes = torch.tensor([True])
-    feature_distillation(teacher, student, yes, yes).backward()
-    assert teacher.grad is None and student.grad is not None
-
-
-def test_features_of_another_width_are_refused() -> None:
-    yes = torch.tensor([True])
-    with pytest.raises(ValueError, match="prompt width"):
-        feature_distillation(torch.zeros(1, 3), torch.zeros(1, 4), yes, yes)

@@ -13,7 +13,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from dataset.processor import AuroraProcessor
 from dataset.prompt import SYSTEM_PROMPTS, Prompts, load_tokenizer
-from model.aurora.meta import RELEASED_SEG_ID
+from model.aurora.build import RELEASED_SEG_ID
 from model.backbones.videollama2.config import RELEASED
 from utils.types import VIDEO_PLACEHOLDER
 

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
-from scripts.make_mini_s4 import make_mini_s4
+from dataset.mini.s4 import make_mini_s4
 from scripts.report import main as report_command
 from tests.report_case import group, line, make_world, write_evaluation, write_run
 from utils.errors import DataError

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from configs.schema import TrainableConfig
-from model.aurora.adapters import MASK_DECODER, freeze
 from model.aurora.model import AuroraModel
+from model.aurora.trainable import MASK_DECODER, freeze
 from model.aurora.trained import load_mask_decoder, load_trained, save_trained
 from model.objectives.mask import MaskLosses, mask_bce, mask_dice
-from model.stages import base
-from model.stages.base import answer_mask_losses, build_stage, combine, draw_frames
-from model.stages.sft import SftStage
+from model.stages import build_stage
+from model.stages.base import combine, draw_frames, query_mask_losses
+from model.stages.sft import SftStage, feature_distillation
 from model.stages.teacher import TeacherStage
 from tests.aurora_cases import (
     FRAMES,
@@ -145,20 +145,19 @@ def test_drawn_frames_are_distinct_sorted_and_seeded() -> None:
 
 
 def test_mask_losses_of_groups_and_of_chosen_answers() -> None:
-    """Answer a belongs to clip a // group; answers left out count for nothing; a smaller side changes little."""
+    """Queries left out count for nothing; a smaller side changes little."""
     model, batch = tiny_model().eval(), tiny_batch(tiny_sample(0), tiny_sample(1))
     answers = [torch.tensor([5, SEG]), torch.tensor([4, 3]), torch.tensor([SEG]), torch.tensor([7, 8, SEG])]
     prompts = [p for p in batch.prompts for _ in range(2)]
     with torch.no_grad():
         output = model(model.pack(batch, answers, prompts), model.encode(batch).repeat(2))
-        both = answer_mask_losses(model, output, batch, group=2)
-        chosen = answer_mask_losses(model, output, batch, group=2, chosen=torch.tensor([False, True, True, False]))
-        small = answer_mask_losses(model, output, batch, group=2, longest=15)
+        clips = torch.tensor([0, 1, 1])  # of the answers 0, 2 and 3
+        both = query_mask_losses(model, output.mask_logits, clips, batch)
+        chosen = query_mask_losses(model, output.mask_logits[1:2], clips[1:2], batch)
+        small = query_mask_losses(model, output.mask_logits, clips, batch, longest=15)
     wanted = [
-        mask_bce(
-            model.segmenter.upscale(output.mask_logits[a], (22, 32), batch.mask_sizes[a // 2]), batch.masks[a // 2]
-        )
-        for a in (0, 2, 3)
+        mask_bce(model.segmenter.upscale(low, (22, 32), batch.mask_sizes[clip]), batch.masks[clip])
+        for low, clip in zip(output.mask_logits, clips.tolist(), strict=True)
     ]
     assert both.bce.item() == pytest.approx(torch.stack(wanted).mean().item(), rel=1e-5)
     assert chosen.bce.item() == pytest.approx(wanted[1].mean().item(), rel=1e-5)
@@ -195,13 +194,13 @@ def test_teacher_features_are_those_of_the_teacher_model(trainable: TrainableCon
         packed = teacher.pack(batch, [s.teacher_ids for s in batch.samples])
         wanted = teacher(packed, teacher.encode(batch)).seg_features
     torch.testing.assert_close(prepared.teacher_features, wanted, atol=1e-5, rtol=1e-4)
-    assert prepared.teacher_has_seg.all() and not prepared.teacher_features.requires_grad
+    assert not prepared.teacher_features.requires_grad
     assert student.training and all(torch.equal(p, before[n]) for n, p in student.named_parameters())
     assert all(p.requires_grad for n, p in student.named_parameters() if n.startswith("text_hidden_fcs"))
 
     step = stage.loss(prepared)
     output = student(prepared.packed, student.encode(batch))
-    by_hand_mse = ((output.seg_features - wanted)[:2] ** 2).mean()  # row 2 of the student has no [SEG]
+    by_hand_mse = ((output.seg_features - wanted[:2]) ** 2).mean()  # row 2 of the student has no [SEG]
     assert step.parts["distill_loss"].item() == pytest.approx(by_hand_mse.item(), rel=1e-3)
     assert step.parts["loss"].item() == pytest.approx(
         sum(step.parts[n].item() for n in ("ce_loss", "mask_loss", "distill_loss")), rel=1e-5
@@ -260,6 +259,20 @@ def test_only_the_student_learns(tmp_path: Path) -> None:
     assert all(p.grad is None for p in student.segmenter.parameters())
 
 
+def test_distillation_is_the_mean_square_over_queries() -> None:
+    teacher, student = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)).unbind(0)
+    teacher, student = teacher.clone().requires_grad_(), student.clone().requires_grad_()
+    loss = feature_distillation(teacher, student)
+    pairs = zip(student.flatten().tolist(), teacher.flatten().tolist(), strict=True)
+    assert loss.item() == pytest.approx(sum((s - t) ** 2 for s, t in pairs) / 12, rel=1e-6)
+    loss.backward()
+    torch.testing.assert_close(student.grad, 2 * (student - teacher).detach() / 12)
+    assert teacher.grad is None
+    assert feature_distillation(teacher[:0], student[:0]).item() == 0  # no query: no distance
+    with pytest.raises(ValueError, match="prompt width"):
+        feature_distillation(torch.zeros(1, 3), torch.zeros(1, 4))
+
+
 def test_a_student_equal_to_its_teacher_has_no_distance(tmp_path: Path) -> None:
     make_teacher(tmp_path, WHOLE)
     stage = make_student(tmp_path, WHOLE)
@@ -299,13 +312,9 @@ def test_no_teacher_without_distillation() -> None:
 # ---- stages by name
 
 
-def test_unknown_and_absent_stages(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = run_config("teacher")
+def test_unknown_stages() -> None:
     with pytest.raises(ValueError, match="must be one of teacher, sft, reflective, grpo"):
-        build_stage(config.model_copy(update={"stage": "eval"}), tiny_model(WHOLE))
-    monkeypatch.setitem(base.STAGES, "teacher", "model.stages.not_there:Stage")
-    with pytest.raises(RuntimeError, match="not available"):
-        build_stage(config, tiny_model(WHOLE))
+        build_stage(run_config("teacher").model_copy(update={"stage": "eval"}), tiny_model(WHOLE))
 
 
 def test_weights_apply_to_their_terms() -> None:

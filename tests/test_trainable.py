@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from configs.schema import TrainableConfig
-from model.aurora.adapters import apply_trainable, component_counts, format_counts, freeze, is_adapter
-from model.aurora.model import COMPONENTS, evaluating
+from model.aurora.model import evaluating
+from model.aurora.trainable import apply_trainable, component_counts, format_counts, freeze, is_adapter
 from tests.aurora_cases import (
     LORA,
     SEG,
@@ -34,7 +34,7 @@ def test_published_set_of_adapters() -> None:
 @pytest.mark.parametrize("trainable", [LORA, WHOLE], ids=["lora", "whole"])
 def test_frozen_parts_have_no_gradient_and_stay_in_eval_mode(trainable: TrainableConfig) -> None:
     model = tiny_model(trainable).train()
-    for parts in COMPONENTS:
+    for parts in model.components:
         component = model.get_submodule(parts)
         assert component.training != model.is_frozen(parts), parts
     assert model.is_frozen("backbone.vision_tower", "segmenter.sam.image_encoder", "segmenter.sam.prompt_encoder")

@@ -111,7 +111,7 @@ def evaluation_facts(config: RunConfig, stage: str, checkpoint: Path, table: Pat
     Args:
         config: the evaluation, with the checkpoint's model and input settings.
         stage: that trained the checkpoint.
-        checkpoint: folder with trained.json and trained.safetensors.
+        checkpoint: folder with trained.json, which holds the SHA-256 of the tensors.
         table: that lists the rows, where it does not lie in `data.root` itself.
     """
     folders = [config.model.base, *([config.model.text_encoder] if config.model.text_encoder else [])]
@@ -121,7 +121,7 @@ def evaluation_facts(config: RunConfig, stage: str, checkpoint: Path, table: Pat
         tables.append(table)
     return {
         "checkpoint": str(checkpoint),
-        "checkpoint_sha256": hash_files(checkpoint.glob("trained.*")),
+        "checkpoint_sha256": hash_files([checkpoint / "trained.json"]),
         "stage": stage,
         "answers": "given" if stage == "teacher" else "generated",
         "probe": config.eval.probe,

@@ -18,16 +18,13 @@ from torch import Tensor
 
 from utils.answers import well_formed
 from utils.metrics import Counts, Scores, count_frames, fit_logits, fit_masks, get_protocol, score_counts
-from utils.types import Prediction, Sample
+from utils.types import EMPTY_LOGIT, Prediction, Sample
 
 Faithful = Callable[[str, dict, str], bool]
 """(answer, true facts of the row, reference) -> whether every step of the reasoning is right."""
 
 NULL_CLASS = "null"
 """Class name in the uid of a row whose reference matches nothing (Ref-AVS metadata.csv)."""
-
-EMPTY_LOGIT = -1e4
-"""Logit of every pixel of an answer that asked for no mask."""
 
 ROW_PROTOCOL = "per_expression"
 """The protocol under which a single row has a score of its own; always computed."""

@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-from configs.schema import RunConfig
-from model.aurora.adapters import MASK_DECODER, apply_trainable, freeze
+from configs.schema import ModelConfig, RunConfig
+from model.aurora.ablations import LearnableQueryAurora, TextEncoderAurora, load_text_encoder
 from model.aurora.features import FeatureCache, tower_fingerprint
 from model.aurora.model import AuroraModel
-from model.aurora.prompter import build_prompter
 from model.aurora.sampling import read_generation_defaults
+from model.aurora.trainable import MASK_DECODER, apply_trainable, freeze
 from model.aurora.trained import load_mask_decoder, load_trained, read_trained
+from model.backbones.base import Backbone
+from model.backbones.videollama2.backbone import VideoLlama2
+from model.backbones.videollama2.config import CONFIG_NAME, RELEASED, VideoLlama2Config
 from model.backbones.videollama2.weights import load_backbone
-from model.segmenters.sam import build_segmenter
+from model.segmenters.base import Segmenter
+from model.segmenters.sam import SAM_SIZES, build_segmenter
 from utils.errors import ConfigError, Problem
+from utils.tensor_files import read_json
 
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+RELEASED_SEG_ID = 151646
+"""Id of [SEG] on the released tokenizer: the first after its 151,646 tokens."""
+
+
+class BackboneKind(NamedTuple):
+    """How a backbone is made."""
+
+    load: Callable[..., tuple[Backbone, Any]]  # (folder, dtype, attention, device) -> it in eval mode, a report
+    make: Callable[..., Backbone]  # (sizes, attention) -> it with random weights
+    read_sizes: Callable[[str], Any]  # (folder) -> sizes
+    released: Any  # sizes of the released model
+
+
+BACKBONES = {"videollama2_qwen2": BackboneKind(load_backbone, VideoLlama2, VideoLlama2Config.from_folder, RELEASED)}
+"""By `model_type` in config.json of `model.base`; a folder that names none holds the first."""
+SEGMENTERS: dict[str, Callable[..., Segmenter]] = dict.fromkeys(SAM_SIZES, build_segmenter)
+"""By `model.sam_type`: (type, image size, checkpoint) -> segmenter. A JSON with sizes is SAM's."""
 
 
 def build_model(
@@ -33,7 +58,7 @@ def build_model(
         config: the run.
         tokenizer_size: length of the tokenizer, [SEG] included.
         seg_token_id: the id after the base's last token (151646 as released). Its row exists, untrained, in the
-            released matrices of 152,064 rows, so nothing is resized. (The published code shrinks them to 151,647 rows,
+            released matrices of 152,064 rows, so nothing is resized. (The released code shrinks them to 151,647 rows,
             train_ds.py:242, which makes its checkpoints unfit for the base.)
         device: where the weights go.
 
@@ -45,36 +70,107 @@ def build_model(
         ValueError, RuntimeError, FileNotFoundError, WeightsError: weights are missing or do not fit.
     """
     dtype = PRECISION[config.engine.precision]
-    backbone, _ = load_backbone(config.model.base, dtype, config.model.attention, device)
-    _check_vocabulary(
-        config, backbone.language_model.get_input_embeddings().num_embeddings, tokenizer_size, seg_token_id
-    )
-    segmenter = build_segmenter(config.model.sam_type, config.model.sam_image_size, config.model.sam_checkpoint)
-    model = AuroraModel(
-        backbone, segmenter, seg_token_id, prompter=build_prompter(config.model, backbone, dtype).to(device)
-    )
+    backbone, _ = backbone_kind(config.model.base).load(config.model.base, dtype, config.model.attention, device)
+    _check_vocabulary(config, backbone.words.num_embeddings, tokenizer_size, seg_token_id)
+    model = _assemble(config.model, backbone, build_sam(config.model), seg_token_id, dtype)
     model.feature_cache = FeatureCache(
         config.data.feature_cache, Path(config.data.root) / ".features", lambda tower: tower_fingerprint(model, tower)
     )
     model.origin = config.model
     model.generation_defaults = read_generation_defaults(config.model.base)
-    evaluated = read_trained(config.eval.checkpoint) if config.stage == "eval" and config.eval.checkpoint else None
-    apply_trainable(model, evaluated.trainable if evaluated else config.trainable)
-    if evaluated:
-        load_trained(model, evaluated)
-    elif start := _start(config):
-        load_trained(model, start)
-    if config.stage == "sft" and config.sft.freeze_mask_decoder and config.sft.teacher_checkpoint:
+    start = _start(config)
+    stored = None if start is None else read_trained(start)
+    apply_trainable(model, stored.trainable if stored and config.stage == "eval" else config.trainable)
+    if stored:
+        load_trained(model, stored)
+    if _takes_decoder(config):
         load_mask_decoder(model, config.sft.teacher_checkpoint)
+    return _finish(model, config).to(device, dtype)
+
+
+def build_meta_model(config: RunConfig, sizes: Any = None, seg_token_id: int | None = None) -> AuroraModel:
+    """As `build_model` on torch's meta device: nothing is read or allocated; for plans, checks and conversions.
+
+    Args:
+        config: the run.
+        sizes: of the backbone; None = `sizes_of_base`.
+        seg_token_id: None = the released one, or the last row of a smaller vocabulary.
+
+    Raises:
+        ConfigError: SAM's type or size is wrong, or a pattern of `trainable` matches nothing.
+    """
+    sizes = sizes_of_base(config)[0] if sizes is None else sizes
+    dtype = PRECISION[config.engine.precision]
+    with torch.device("meta"):
+        backbone = backbone_kind(config.model.base).make(sizes, config.model.attention)
+        seg = min(RELEASED_SEG_ID, backbone.words.num_embeddings - 1) if seg_token_id is None else seg_token_id
+        segmenter = build_sam(config.model.model_copy(update={"sam_checkpoint": None}))
+        model = _assemble(config.model, backbone, segmenter, seg, dtype).to(dtype)
+        apply_trainable(model, config.trainable)
+    return _finish(model, config).to(dtype)
+
+
+def backbone_kind(folder: str) -> BackboneKind:
+    """The kind of a base's folder; the first of `BACKBONES` where there is no such folder.
+
+    Raises:
+        ConfigError: the folder holds another kind of model.
+    """
+    path, first = Path(folder) / CONFIG_NAME, next(iter(BACKBONES))
+    name = read_json(path).get("model_type", first) if path.is_file() else first
+    if name not in BACKBONES:
+        remedy = f"name the folder of one of {', '.join(BACKBONES)}"
+        raise ConfigError([Problem("model.base", folder, f"{CONFIG_NAME} says model_type {name!r}", remedy)])
+    return BACKBONES[name]
+
+
+def build_sam(config: ModelConfig) -> Segmenter:
+    """The segmenter that `model.sam_type` names."""
+    build = SEGMENTERS.get(config.sam_type, build_segmenter)
+    return build(config.sam_type, config.sam_image_size, config.sam_checkpoint)
+
+
+def sizes_of_base(config: RunConfig) -> tuple[Any, str]:
+    """Sizes of `model.base` and where they come from; those of the released model where the folder is not there."""
+    kind, path = backbone_kind(config.model.base), Path(config.model.base) / CONFIG_NAME
+    if path.is_file():
+        return kind.read_sizes(config.model.base), str(path)
+    return kind.released, f"the released 7B model ({config.model.base} is not there)"
+
+
+def _assemble(
+    config: ModelConfig, backbone: Backbone, segmenter: Segmenter, seg_token_id: int, dtype: torch.dtype
+) -> AuroraModel:
+    """The class that `model.prompter` names."""
+    parts = backbone, segmenter, seg_token_id
+    if config.prompter == "learnable_tokens":
+        return LearnableQueryAurora(*parts, count=config.learnable_tokens)
+    if config.prompter == "text_encoder":
+        encoder = None if config.text_encoder is None else load_text_encoder(config.text_encoder, dtype)
+        return TextEncoderAurora(*parts, encoder=encoder)
+    return AuroraModel(*parts)
+
+
+def _takes_decoder(config: RunConfig) -> bool:
+    """Whether the run takes the mask decoder of its teacher and freezes it (paper section 3.1)."""
+    return bool(config.stage == "sft" and config.sft.freeze_mask_decoder and config.sft.teacher_checkpoint)
+
+
+def _finish(model: AuroraModel, config: RunConfig) -> AuroraModel:
+    """Frozen as the stage wants it, in its mode."""
+    training = config.stage != "eval"
+    if _takes_decoder(config):
         freeze(model, MASK_DECODER)
-    if config.stage == "eval":
+    if not training:
         model.requires_grad_(False)
-    backbone.set_gradient_checkpointing(config.engine.gradient_checkpointing and config.stage != "eval")
-    return model.to(device, dtype).train(config.stage != "eval")
+    model.backbone.set_gradient_checkpointing(config.engine.gradient_checkpointing and training)
+    return model.train(training)
 
 
 def _start(config: RunConfig) -> str | None:
-    """The light checkpoint whose weights a training stage starts from; None = the base."""
+    """The light checkpoint whose weights a stage starts from; None = the base."""
+    if config.stage == "eval":
+        return config.eval.checkpoint
     if config.stage == "sft" and config.sft.student_start == "teacher":
         return config.sft.teacher_checkpoint
     return config.init_from
@@ -85,15 +181,12 @@ def _check_vocabulary(config: RunConfig, rows: int, tokenizer_size: int, seg_tok
     if not 0 <= seg_token_id < tokenizer_size:
         raise ValueError(f"[SEG] has id {seg_token_id}, outside the tokenizer's {tokenizer_size} tokens")
     if tokenizer_size > rows:
-        raise ConfigError(
-            [
-                Problem(
-                    "model.base",
-                    config.model.base,
-                    f"its embedding has {rows} rows, but the tokenizer with {config.model.seg_token} needs "
-                    f"{tokenizer_size}: there is no spare row for [SEG]",
-                    "pad embed_tokens and lm_head of the base by a row each (and vocab_size in config.json), or name "
-                    "an unused token of its tokenizer as model.seg_token",
-                )
-            ]
+        rule = (
+            f"its embedding has {rows} rows, but the tokenizer with {config.model.seg_token} needs {tokenizer_size}: "
+            "there is no spare row for [SEG]"
         )
+        remedy = (
+            "pad embed_tokens and lm_head of the base by a row each (and vocab_size in config.json), or name an unused "
+            "token of its tokenizer as model.seg_token"
+        )
+        raise ConfigError([Problem("model.base", config.model.base, rule, remedy)])

@@ -13,15 +13,8 @@ from torch import Tensor, nn
 from utils.tensor_files import TensorFileError, load_safetensors, save_safetensors
 
 MODES = ("none", "memory", "disk")
-
-TOWERS = {
-    "vision_tower": ("backbone.vision_tower",),
-    "mm_projector": ("backbone.vision_tower", "backbone.mm_projector"),
-    "audio_tower": ("backbone.audio_tower",),
-    "mm_projector_a": ("backbone.audio_tower", "backbone.mm_projector_a"),
-    "image_encoder": ("segmenter.sam.image_encoder",),
-}
-"""What a kept feature depends on: the modules between the input and it, by the last one's name."""
+IMAGES = "image_encoder"
+"""Name under which the segmenter's image embeddings are kept; those of other towers have the module's."""
 
 
 class FeatureCache:
@@ -48,74 +41,50 @@ class FeatureCache:
             raise ValueError(f"feature cache mode is {mode!r}; must be one of {MODES}")
         if mode == "disk" and (folder is None or fingerprint is None):
             raise ValueError("feature cache mode is 'disk': a folder and a fingerprint are needed")
-        self.mode = mode
-        self._folder = folder
-        self._fingerprint = fingerprint
+        self.mode, self._folder, self._fingerprint = mode, folder, fingerprint
         self._folders: dict[str, Path] = {}
         self._stored: dict[tuple[str, str], Tensor] = {}
-
-    def __len__(self) -> int:
-        return len(self._stored)
-
-    @property
-    def bytes(self) -> int:
-        """Memory held."""
-        return sum(x.numel() * x.element_size() for x in self._stored.values())
 
     def fetch(
         self,
         tower: str,
         keys: Sequence[str],
-        compute: Callable[[slice], Tensor],
-        inputs: Tensor | None = None,
+        run: Callable[[Tensor], Tensor],
+        inputs: Tensor,
+        device: torch.device | str = "cpu",
     ) -> Tensor:
-        """Features of the B rows that `keys` name.
-
-        Kept features are computed one by one: the last bits of a batched result depend on what else is in the batch,
-        and a resumed run, whose memory is empty, meets its clips in other company.
+        """Features of the B rows that `keys` name, [B,...] on `device`; kept ones bit for bit.
 
         Args:
             tower: name of the tower.
             keys: B clip keys; equal keys share one entry.
-            compute: given a slice of the batch's rows, their features [R,...] on the compute device. (A slice, as
-                indexing with a list would copy pinned rows into memory that is not.)
-            inputs: [B,...] what the tower reads. Mode "disk" needs it: files are named by the input's digest, so that
-                a clip whose media changed is never served its old features.
-
-        Returns:
-            [B,...] on the device of `compute`'s result, or on the CPU if nothing was new; from the memory bit for bit.
+            run: the tower, given rows of `inputs` on `device`.
+            inputs: [B,...] on any device. Files are named by their digest, so that a clip whose media changed is never
+                served its old features.
         """
+
+        def compute(rows: slice) -> Tensor:
+            # A slice, as a list of rows would copy pinned memory; cast by `run` on the device, for the same reason.
+            return run(inputs[rows].to(device, non_blocking=True))
+
         if self.mode == "none":
             return compute(slice(None))
-        device = torch.device("cpu")
         kept: dict[str, Tensor] = {}
         for row, key in enumerate(keys):
             if key in kept:
                 continue
             path = self._path(tower, key, inputs[row]) if self.mode == "disk" else None
-            kept[key], source = self._get(tower, key, path, lambda row=row: compute(slice(row, row + 1))[0].detach())
-            device = device if source is None else source
+            kept[key] = self._stored.get((tower, key)) if path is None else _read(path)
+            if kept[key] is None:
+                # One by one: the last bits of a batched result depend on what else is in the batch, and a resumed run,
+                # whose memory is empty, meets its clips in other company.
+                # A copy, or the entry would hold the memory of the whole result.
+                kept[key] = compute(slice(row, row + 1))[0].detach().to("cpu", copy=True).contiguous()
+                if path is None:
+                    self._stored[tower, key] = kept[key]
+                else:
+                    _write(path, kept[key])
         return torch.stack([kept[key] for key in keys]).to(device)
-
-    def _get(
-        self, tower: str, key: str, path: Path | None, compute: Callable[[], Tensor]
-    ) -> tuple[Tensor, torch.device | None]:
-        """The kept features of one clip, computed and kept if they are new; and the device where they were computed."""
-        if path is None and (tower, key) in self._stored:
-            return self._stored[tower, key], None
-        if path is not None and path.is_file():
-            return _read(path), None
-        features = compute()
-        # A copy, or the entry would hold the memory of the whole result.
-        copy = features.to("cpu", copy=True).contiguous()
-        if path is None:
-            self._stored[tower, key] = copy
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            building = path.with_name(f"{path.name}.{os.getpid()}")  # several processes may meet the same clip
-            save_safetensors({"features": copy}, building)
-            building.replace(path)
-        return copy, features.device
 
     def _path(self, tower: str, key: str, inputs: Tensor) -> Path:
         if tower not in self._folders:
@@ -124,17 +93,30 @@ class FeatureCache:
         return self._folders[tower] / f"{key}-{digest}.safetensors"
 
 
-def _read(path: Path) -> Tensor:
+def _read(path: Path) -> Tensor | None:
+    if not path.is_file():
+        return None
     try:
         return load_safetensors(path)["features"]
     except TensorFileError as error:
         raise TensorFileError(f"{error}. Remedy: delete it; features that are not kept are made again.") from error
 
 
+def _write(path: Path, features: Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    building = path.with_name(f"{path.name}.{os.getpid()}")  # several processes may meet the same clip
+    save_safetensors({"features": features}, building)
+    building.replace(path)
+
+
 def tower_fingerprint(model: nn.Module, tower: str) -> str:
     """16 hex digits that change with any weight between a tower's input and the kept feature, and with their type."""
+    before = {IMAGES: (f"segmenter.{model.segmenter.no_gradient[0]}",)}
+    for t in model.backbone.towers:
+        before[t.tower] = (f"backbone.{t.tower}",)
+        before[t.projector] = (f"backbone.{t.tower}", f"backbone.{t.projector}")
     digest = hashlib.sha256()
-    for name in TOWERS[tower]:
+    for name in before[tower]:
         for key, value in sorted(model.get_submodule(name).state_dict().items()):
             digest.update(f"{name}.{key} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -10,11 +10,9 @@ rollouts run in train mode, LISA_grpo.py:436-449).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from model.aurora.model import AuroraModel, evaluating
 from model.aurora.sampling import Sampling
@@ -49,18 +47,12 @@ def generate(
 
     Args:
         model: the joint model, in any mode (put back afterwards).
-        batch: gives the prompts, of any lengths.
-        media: features of the B clips; only the words' part is read.
+        batch, media: the prompts, of any lengths, and the features of their clips.
         tokenizer: decodes the answers and names the stop token.
         max_new_tokens: longest answer, stop token included.
         group: answers per prompt; row b * group + g is answer g of prompt b.
         sampling: how tokens are drawn; None = the most likely ones, under the base's own repetition penalty.
-        everyone: given whether this process's answers are done, says whether those of all processes are. With it every
-            process takes the same number of steps, which partitioned weights (ZeRO-3) need: a process that stopped
-            early would leave the others waiting for its part of the next layer.
-
-    Returns:
-        Generation of B * group answers.
+        everyone: given whether this process's answers are done, says whether those of all processes are.
 
     Raises:
         ValueError: no new token, or no answer, is asked for.
@@ -69,76 +61,45 @@ def generate(
     if max_new_tokens < 1 or group < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} and group {group} must be at least 1")
     sampling = model.generation_defaults.greedy() if sampling is None else sampling
+    stop, backbone = tokenizer.convert_tokens_to_ids(STOP_TOKEN), model.backbone
     with evaluating(model):
-        return _draw_answers(model, batch, media, tokenizer, max_new_tokens, group, sampling, everyone)
-
-
-def _draw_answers(
-    model: AuroraModel,
-    batch: Batch,
-    media: MediaFeatures,
-    tokenizer: Tokenizer,
-    max_new_tokens: int,
-    group: int,
-    sampling: Sampling,
-    everyone: Callable[[bool], bool] | None,
-) -> Generation:
-    """The loop: read one token of every answer, keep the state at [SEG], draw the next."""
-    language_model, stop = model.backbone.language_model, tokenizer.convert_tokens_to_ids(STOP_TOKEN)
-    packed = model.pack_without_last_token(batch)
-    embeddings = model.backbone.embed(packed, replace(media, image_embeddings=None))
-    cache = PromptCache(language_model.model, embeddings, packed.attention_mask, group, max_new_tokens + 1)
-    # As in scoring, the prompt's last token is the first of each of its answers' streams.
-    last = torch.stack([prompt[-1] for prompt in batch.prompts]).to(model.device).repeat_interleave(group)
-    drawn = last
-    at_seg = torch.zeros_like(last, dtype=torch.bool)
-    finished, has_seg, lengths = at_seg.clone(), at_seg.clone(), torch.zeros_like(last)
-    seg_hidden, ended = None, False
-    tokens, scores = [], []
-    while True:
-        hidden = cache.append(language_model.get_input_embeddings()(drawn))
-        # The state AT [SEG] exists once [SEG] has been read. The last of several counts.
-        seg_hidden = torch.zeros_like(hidden) if seg_hidden is None else seg_hidden
-        seg_hidden = torch.where(at_seg[:, None], hidden, seg_hidden)
-        has_seg |= at_seg
-        if ended:
-            break
-        logits = language_model.lm_head(hidden)
-        check_logits(logits)
-        answers = torch.stack(tokens, 1) if tokens else drawn.new_empty(len(drawn), 0)
-        log_probs = sampling.log_probs(logits, answers)
-        drawn = sampling.draw(log_probs)
-        tokens.append(drawn)
-        scores.append(log_probs.gather(-1, drawn[:, None])[:, 0])
-        lengths += ~finished
-        at_seg = (drawn == model.seg_token_id) & ~finished
-        finished |= drawn == stop
-        ended = bool(finished.all()) or len(tokens) == max_new_tokens
-        if everyone is not None:
-            ended = everyone(ended)
-        elif ended and not bool(at_seg.any()):
-            break  # only a [SEG] drawn last is read once more, for its state
-    return _collect(tokenizer, stop, torch.stack(tokens, 1), torch.stack(scores, 1), lengths, seg_hidden, has_seg)
-
-
-def _collect(
-    tokenizer: Tokenizer,
-    stop: int,
-    tokens: Tensor,
-    scores: Tensor,
-    lengths: Tensor,
-    seg_hidden: Tensor,
-    has_seg: Tensor,
-) -> Generation:
-    """Cut the [R,L] tokens and log-probabilities to each row's length and decode them."""
-    counts = lengths.tolist()
-    ids = [row[:n] for row, n in zip(tokens.cpu(), counts, strict=True)]
-    texts = [tokenizer.decode([t for t in row.tolist() if t != stop], skip_special_tokens=False).strip() for row in ids]
+        packed = model.pack_without_last_token(batch)
+        rows = model.embed(packed, media), packed.attention_mask
+        cache = PromptCache(backbone.decoder, *rows, group, max_new_tokens + 1, packed.position_ids)
+        # As in scoring, the prompt's last token is the first of each of its answers' streams.
+        drawn = torch.stack([prompt[-1] for prompt in batch.prompts]).to(model.device).repeat_interleave(group)
+        at_seg = torch.zeros_like(drawn, dtype=torch.bool)
+        finished, has_seg, lengths = at_seg.clone(), at_seg.clone(), torch.zeros_like(drawn)
+        written = drawn.new_empty(len(drawn), 0)
+        seg_hidden, ended, scores = None, False, []
+        while True:
+            hidden = cache.append(backbone.words(drawn))
+            # The state AT [SEG] exists once [SEG] has been read. The last of several counts (`query_positions`).
+            seg_hidden = hidden if seg_hidden is None else torch.where(at_seg[:, None], hidden, seg_hidden)
+            has_seg |= at_seg
+            if ended:
+                break
+            logits = backbone.lm_head(hidden)
+            check_logits(logits)
+            log_probs = sampling.log_probs(logits, written)
+            drawn = sampling.draw(log_probs)
+            written = torch.cat([written, drawn[:, None]], dim=1)
+            scores.append(log_probs.gather(-1, drawn[:, None])[:, 0])
+            lengths += ~finished
+            at_seg = (drawn == model.seg_token_id) & ~finished
+            finished |= drawn == stop
+            ended = bool(finished.all()) or written.shape[1] == max_new_tokens
+            # ZeRO-3: a process that stopped early would leave the others waiting for its part of the next layer.
+            if everyone is not None:
+                ended = everyone(ended)
+            elif ended and not bool(at_seg.any()):
+                break  # only a [SEG] drawn last is read once more, for its state
+    ids = [row[:n] for row, n in zip(written.cpu(), lengths.tolist(), strict=True)]
     return Generation(
         token_ids=ids,
-        texts=texts,
-        seg_hidden=seg_hidden,
-        has_seg=has_seg,
+        texts=[tokenizer.decode([t for t in row.tolist() if t != stop]).strip() for row in ids],
+        seg_hidden=seg_hidden[has_seg],
+        answer_of_query=has_seg.nonzero().flatten(),
         truncated=torch.tensor([int(row[-1]) != stop for row in ids], device=has_seg.device),
-        log_probs=[row[:n] for row, n in zip(scores, counts, strict=True)],
+        log_probs=[row[: len(own)] for row, own in zip(torch.stack(scores, 1), ids, strict=True)],
     )

@@ -1,35 +1,32 @@
-"""Mask supervision: binary cross entropy and Dice of LISA, and their reduction over frames and answers.
+"""Mask supervision: binary cross entropy and Dice of LISA, and their reduction over frames and queries.
 
-Paper section 6.3 (eq. 6, 7 and 8) names the two losses without their form; they are LISA's (published code
+Paper section 6.3 (eq. 6, 7 and 8) names the two losses without their form; they are LISA's (released code
 LISA_sft_distill.py:18-61). A frame is the unit: both losses are computed per frame over all of its pixels. LISA sums
-over the frames and divides by their number plus 1e-8, for one answer. For any batch: mean over the frames of an
-answer, then mean over the answers that have a mask, so that a clip with few frames or at another size weighs the same.
+over the frames and divides by their number plus 1e-8, for one answer. For any batch: mean over the frames of a query,
+then mean over the queries, so that a clip with few frames or at another size weighs the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 DICE_SCALE = 1000.0
-"""Divides both sums of Dice; with DICE_EPS it sets the smoothing (published code LISA_sft_distill.py:22)."""
+"""Divides both sums of Dice; with DICE_EPS it sets the smoothing (released code LISA_sft_distill.py:22)."""
 
 DICE_EPS = 1e-6
 """Smoothing of Dice, added after the division by DICE_SCALE: about a thousandth of a pixel."""
 
 
-@dataclass(frozen=True)
-class MaskLosses:
+class MaskLosses(NamedTuple):
     """The two mask losses of a batch, not yet weighted."""
 
-    bce: Tensor
-    """float32 scalar"""
-    dice: Tensor
-    """float32 scalar"""
+    bce: Tensor  # float32 scalar
+    dice: Tensor  # float32 scalar
 
 
 def mask_bce(logits: Tensor, targets: Tensor) -> Tensor:
@@ -49,21 +46,21 @@ def mask_dice(logits: Tensor, targets: Tensor) -> Tensor:
     """
     probabilities = logits.float().sigmoid().flatten(1)
     targets = targets.float().flatten(1)
-    # Divided before the sum, as published: the order of the rounding is theirs.
+    # Divided before the sum, as released: the order of the rounding is theirs.
     overlap = 2 * (probabilities / DICE_SCALE * targets).sum(1)
     total = (probabilities / DICE_SCALE).sum(1) + (targets / DICE_SCALE).sum(1)
     return 1 - (overlap + DICE_EPS) / (total + DICE_EPS)
 
 
 def mask_losses(logits: Sequence[Tensor], targets: Sequence[Tensor]) -> MaskLosses:
-    """Both losses over the answers that have a mask: mean over frames, then mean over answers.
+    """Both losses over the queries of a batch: mean over frames, then mean over queries.
 
     Args:
-        logits: A x [T,H,W], one entry per answer with a [SEG]; sizes and frame counts may differ between answers.
-        targets: A x [T,H,W] bool, or float in [0,1] where `shrink_target` made them.
+        logits: Q x [T,H,W]; sizes and frame counts may differ between queries.
+        targets: Q x [T,H,W] bool, or float in [0,1] where `shrink_target` made them.
 
     Returns:
-        MaskLosses; two zeros without gradient where no answer has a mask.
+        MaskLosses; two zeros without gradient where there is no query.
 
     Raises:
         ValueError: counts or shapes disagree.
@@ -72,10 +69,11 @@ def mask_losses(logits: Sequence[Tensor], targets: Sequence[Tensor]) -> MaskLoss
         raise ValueError(f"{len(logits)} predicted masks against {len(targets)} targets")
     for i, (predicted, target) in enumerate(zip(logits, targets, strict=True)):
         if predicted.shape != target.shape:
-            raise ValueError(f"answer {i}: logits {tuple(predicted.shape)} against target {tuple(target.shape)}")
+            raise ValueError(f"query {i}: logits {tuple(predicted.shape)} against target {tuple(target.shape)}")
     if not logits:
         zero = torch.zeros(())
         return MaskLosses(zero, zero.clone())
+    # Frames first, then queries: a clip with few annotated frames weighs as much as one with ten.
     bce = [mask_bce(p, t).mean() for p, t in zip(logits, targets, strict=True)]
     dice = [mask_dice(p, t).mean() for p, t in zip(logits, targets, strict=True)]
     return MaskLosses(torch.stack(bce).mean(), torch.stack(dice).mean())
@@ -84,7 +82,7 @@ def mask_losses(logits: Sequence[Tensor], targets: Sequence[Tensor]) -> MaskLoss
 def loss_shape(size: tuple[int, int], longest: int | None) -> tuple[int, int]:
     """(height, width) at which the loss is computed: `size` itself, or scaled so that its long side is `longest`.
 
-    The published code computes the losses at the native size of the frames (None here). A smaller side costs less
+    The released code computes the losses at the native size of the frames (None here). A smaller side costs less
     memory and time, and blurs the boundary; sizes already within the limit are left alone.
     """
     height, width = size

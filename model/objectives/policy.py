@@ -1,15 +1,14 @@
 """Group-relative policy optimisation as pure functions: advantages, clipped surrogate, KL, token log-probabilities.
 
 Paper section 3.3, eq. 4 and 5. Notation: R = B * G answers of at most L tokens, answer a belongs to clip a // G; `mask`
-is True at the tokens of an answer. Everything is float32. The published code has neither ratio nor clipping nor KL
+is True at the tokens of an answer. Everything is float32. The released code has neither ratio nor clipping nor KL
 (LISA_grpo.py:571-575) and reads log-probabilities at positions of another sequence (LISA_grpo.py:252-263).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,42 +21,32 @@ CHUNK = 256
 """Tokens whose logits exist at a time: 156 MB in float32 at 152,064 words."""
 
 
-@dataclass(frozen=True)
-class GroupAdvantages:
+class GroupAdvantages(NamedTuple):
     """What a group of answers says of each of its members."""
 
-    values: Tensor
-    """float32 [R]"""
-    std: Tensor
-    """float32 [B]: unbiased standard deviation of each group's rewards (Figure 9)."""
-    zero_variance: Tensor
-    """bool [B]: all answers of the group have the same reward, so that it teaches nothing."""
+    values: Tensor  # float32 [R]
+    std: Tensor  # float32 [B]: unbiased standard deviation of each group's rewards (Figure 9)
+    zero_variance: Tensor  # bool [B]: all answers of the group have the same reward, so that it teaches nothing
 
 
 def group_advantages(rewards: Tensor, group: int, kind: Advantage = "std", eps: float = 1e-4) -> GroupAdvantages:
     """Advantages of R answers within their groups.
 
-        std            (r - mean) / (std + eps)                   eq. 4; unbiased std, published code LISA_grpo.py:569
+        std            (r - mean) / (std + eps)                   eq. 4; unbiased std, released code LISA_grpo.py:569
         mean           r - mean                                   no bias towards groups that nearly agree
         leave_one_out  r - mean of the other answers = G/(G-1) * (r - mean)
 
-    Args:
-        rewards: [R], R a multiple of `group`.
-        group: G >= 2.
-        kind: see above.
-        eps: added to the std.
-
-    Returns:
-        GroupAdvantages; exactly 0 in a group whose rewards are all equal, whatever the rounding of its mean.
+    They are exactly 0 in a group whose rewards are all equal, whatever the rounding of its mean.
 
     Raises:
-        ValueError: a group of one, a number of rewards that G does not divide, or an unknown kind.
+        ValueError: a group of one, a number of rewards [R] that G does not divide, or an unknown kind.
     """
     if group < 2 or rewards.dim() != 1 or len(rewards) % group:
         raise ValueError(f"rewards of shape {tuple(rewards.shape)} in groups of {group}: G >= 2 must divide R")
     if kind not in ("std", "mean", "leave_one_out"):
         raise ValueError(f"advantage = {kind!r}: must be std, mean or leave_one_out")
     grouped = rewards.float().view(-1, group)
+    # Found by comparison, not by a std of 0: the rounding of a mean leaves a residue, which eps would not drown.
     equal = (grouped == grouped[:, :1]).all(1)
     centred = (grouped - grouped.mean(1, keepdim=True)).masked_fill(equal[:, None], 0)
     std = grouped.std(1).masked_fill(equal, 0)
@@ -68,22 +57,18 @@ def group_advantages(rewards: Tensor, group: int, kind: Advantage = "std", eps: 
     return GroupAdvantages(centred.flatten(), std, equal)
 
 
-@dataclass(frozen=True)
-class Surrogate:
+class Surrogate(NamedTuple):
     """The clipped objective per token, as a loss."""
 
-    loss: Tensor
-    """float32 [R,L]: -min(r A, clip(r, 1 - eps, 1 + eps_high) A)."""
-    clipped: Tensor
-    """bool [R,L]: the clipped branch is the smaller one, so that the token gets no gradient."""
+    loss: Tensor  # float32 [R,L]: -min(r A, clip(r, 1 - eps, 1 + eps_high) A)
+    clipped: Tensor  # bool [R,L]: the clipped branch is the smaller one, so that the token gets no gradient
 
 
 def clipped_surrogate(log_probs: Tensor, old: Tensor, advantages: Tensor, eps: float, eps_high: float) -> Surrogate:
     """Eq. 5 without its means and its KL.
 
     Args:
-        log_probs: [R,L] under the policy that is trained.
-        old: [R,L] under the policy that drew the answers, without gradient.
+        log_probs, old: [R,L] under the policy that is trained, and under the one that drew, without gradient.
         advantages: [R], the same for all tokens of an answer.
         eps, eps_high: the ratio r = exp(log_probs - old) is clipped to [1 - eps, 1 + eps_high] (DAPO: eps_high > eps).
 
@@ -95,10 +80,12 @@ def clipped_surrogate(log_probs: Tensor, old: Tensor, advantages: Tensor, eps: f
             f"log_probs {tuple(log_probs.shape)}, old {tuple(old.shape)}, advantages {tuple(advantages.shape)}: "
             "[R,L], [R,L] and [R] are needed"
         )
+    # Exactly 1 in the first update, where this is REINFORCE with a baseline; the gradient is that of log_probs.
     ratio = (log_probs - old).exp()
     weight = advantages[:, None]
     free = ratio * weight
     bound = ratio.clamp(1 - eps, 1 + eps_high) * weight
+    # The smaller one: a step is never rewarded for leaving the range, but is always pulled back into it.
     return Surrogate(-torch.minimum(free, bound), bound < free)
 
 
@@ -125,7 +112,7 @@ def policy_mean(per_token: Tensor, mask: Tensor, kind: Normalisation) -> Tensor:
     """
     if kind not in ("sequence", "token"):
         raise ValueError(f"normalisation = {kind!r}: must be sequence or token")
-    kept = per_token.masked_fill(~mask, 0)
+    kept = per_token.masked_fill(~mask, 0)  # not times the mask: 0 * inf at padding would be NaN
     if kind == "token":
         return kept.sum() / mask.sum().clamp(min=1)
     return (kept.sum(1) / mask.sum(1).clamp(min=1)).mean()
@@ -141,11 +128,8 @@ def token_log_probs(
     a [SEG] row of its own and ZeRO-3 work.
 
     Args:
-        head: [n,D] -> [n,V] logits.
-        hidden: [N,D], the states that predict `token_ids`.
-        token_ids: int64 [N].
-        temperature: the logits are divided by it, as in sampling.
-        chunk: rows at a time.
+        head: [n,D] -> [n,V] logits, which are divided by `temperature`, as in sampling.
+        hidden, token_ids: [N,D] the states that predict int64 [N].
 
     Returns:
         float32 [N] log-probabilities with gradient, float32 [N] entropies in nats without.
@@ -165,6 +149,7 @@ def token_log_probs(
     parts = []
     for states, ids in zip(hidden.split(chunk), token_ids.split(chunk), strict=True):
         if torch.is_grad_enabled():
+            # Recomputed in backward: 156 MB a chunk are less than lm_head's output for every token of every answer.
             parts.append(checkpoint(score, states, ids, use_reentrant=False, preserve_rng_state=False))
         else:
             parts.append(score(states, ids))

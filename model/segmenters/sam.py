@@ -1,19 +1,21 @@
-"""SAM as AURORA uses it: frames are encoded once, and one prompt a clip is decoded for all of its frames.
+"""SAM as AURORA uses it: frames are encoded once, and a prompt is decoded for all frames of its clip.
 
 The classes and the weights are those of the `segment_anything` package, which is never edited. This adapter adds what
 the package leaves to its caller:
 
 * any image size: every grid and table follows from `image_size`, and a checkpoint made at another size (1024) has its
-  position tables resampled. The published code works at 224 with the same bicubic resampling, but writes 224 and 14
-  into the package (published code segment_anything/modeling/image_encoder.py:56, prompt_encoder.py:183 and 218);
-* a strict load: each missing, unexpected or misshapen key is named (published code build_sam.py:161: strict=False);
-* one decoder call for B clips of T frames. `MaskDecoder.predict_masks` repeats every image for every prompt (B*T
-  images x B prompts), so `Segmenter.decode` feeds the same transformer and upscaling modules without that repeat.
+  position tables resampled. The released code works at 224 with the same bicubic resampling, but writes 224 and 14
+  into the package (released code segment_anything/modeling/image_encoder.py:56, prompt_encoder.py:183 and 218);
+* a strict load: each missing, unexpected or misshapen key is named (released code build_sam.py:161: strict=False);
+* one decoder call for Q prompts on T frames. `MaskDecoder.predict_masks` repeats every image for every prompt (Q*T
+  images x Q prompts), so `Segmenter.decode` feeds the same transformer and upscaling modules without that repeat.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -23,14 +25,18 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.segmenters.sam_weights import read_sam_file, refuse_sam, resample_position_tables
-from utils.errors import ConfigError, Problem
+from model.segmenters.base import Segmenter
+from utils.errors import ConfigError, Problem, WeightsError
+from utils.tensor_files import load_safetensors, load_state
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 """Mean of R, G, B in 0..255 that the frames were normalised by (segment_anything/build_sam.py:99)."""
 
 PIXEL_STD = (58.395, 57.12, 57.375)
 """Standard deviation likewise (segment_anything/build_sam.py:100)."""
+
+POSITION_TABLE = "image_encoder.pos_embed"
+RELATIVE_TABLE = "image_encoder.blocks.{}.attn.rel_pos_{}"
 
 ATTENTION_VALUES = 2**30
 """Attention values that `Segmenter.encode` holds at once: 2 GiB in bfloat16, 4 frames of ViT-H at 1024 pixels."""
@@ -86,12 +92,14 @@ SAM_SIZES = {
 """The released sizes (segment_anything/build_sam.py:14-45)."""
 
 
-class Segmenter(nn.Module):
-    """A frozen image encoder and a promptable mask decoder, batched over clips and frames."""
+class SamSegmenter(Segmenter):
+    """SAM, batched over queries and frames."""
 
+    components = ("sam.image_encoder", "sam.prompt_encoder", "sam.mask_decoder")
+    no_gradient = ("sam.image_encoder", "sam.prompt_encoder")
     dense_pe: Tensor
 
-    def __init__(self, sam: Sam, sizes: SamSizes):
+    def __init__(self, sam: Sam, sizes: SamSizes) -> None:
         super().__init__()
         self.sam = sam
         self.sizes = sizes
@@ -102,12 +110,10 @@ class Segmenter(nn.Module):
 
     @property
     def image_size(self) -> int:
-        """Z: side of the padded square input, in pixels."""
         return self.sam.image_encoder.img_size
 
     @property
     def prompt_width(self) -> int:
-        """C: width of a prompt."""
         return self.sizes.prompt_width
 
     @property
@@ -136,19 +142,27 @@ class Segmenter(nn.Module):
         chunks = [self.sam.image_encoder(chunk) for chunk in frames.split(self.frames_per_chunk)]
         return torch.cat(chunks).unflatten(0, sam_pixels.shape[:2])
 
-    def decode(self, image_embeddings: Tensor, prompts: Tensor) -> Tensor:
-        """Decode one prompt a clip on each of its frames: [B,T,C,h,w], [B,C] -> low-resolution logits [B,T,4h,4w].
+    def decode(
+        self,
+        image_embeddings: Tensor,
+        prompts: Tensor,
+        clip_of_query: Tensor | None = None,
+        frame_index: Tensor | None = None,
+    ) -> Tensor:
+        """[B,T,C,h,w], [Q,C] -> low-resolution logits [Q,T or k,4h,4w]; see `model.segmenters.base.Segmenter`.
 
-        One pass of the decoder for all B*T frames, with the package's own modules; equal to calling
+        One pass of the decoder for all Q*T frames, with the package's own modules; equal to calling
         `sam.mask_decoder(frame, dense_pe, prompt, no_mask, multimask_output=False)` for one frame after another
-        (paper section 3.1: the [SEG] feature is the visual prompt; published code LISA_sft_distill.py:353-375).
+        (paper section 3.1: the [SEG] feature is the visual prompt; released code LISA_sft_distill.py:353-375).
         """
-        clips, frames = image_embeddings.shape[:2]
-        if prompts.shape != (clips, self.prompt_width):
-            raise ValueError(f"prompts has shape {tuple(prompts.shape)}, expected {(clips, self.prompt_width)}")
+        clips = torch.arange(len(image_embeddings), device=prompts.device) if clip_of_query is None else clip_of_query
+        if prompts.shape != (len(clips), self.prompt_width):
+            raise ValueError(f"prompts has shape {tuple(prompts.shape)}, expected {(len(clips), self.prompt_width)}")
+        chosen = image_embeddings[clips] if frame_index is None else image_embeddings[clips[:, None], frame_index]
+        queries, frames = chosen.shape[:2]
         decoder = self.sam.mask_decoder
-        images = image_embeddings.flatten(0, 1).to(self.dtype)
-        prompt_tokens = prompts.to(self.dtype).repeat_interleave(frames, 0)[:, None]  # [B*T,1,C]
+        images = chosen.flatten(0, 1).to(self.dtype)
+        prompt_tokens = prompts.to(self.dtype).repeat_interleave(frames, 0)[:, None]  # [Q*T,1,C]
         # Looked up instead of read as weights: ZeRO-3 gathers a parameter when its own module is called.
         row = torch.arange(decoder.num_mask_tokens, device=prompts.device)
         output_tokens = torch.cat([decoder.iou_token(row[:1]), decoder.mask_tokens(row)])
@@ -159,8 +173,8 @@ class Segmenter(nn.Module):
         token_states, image_states = decoder.transformer(images + no_mask, positions, tokens)
         upscaled = decoder.output_upscaling(image_states.transpose(1, 2).unflatten(2, images.shape[-2:]))
         mask_token = token_states[:, 1]  # index 0 is the IoU token; 1 is the mask token of multimask_output=False
-        weights = decoder.output_hypernetworks_mlps[0](mask_token)  # [B*T,C/8]
-        return torch.einsum("nc,nchw->nhw", weights, upscaled).unflatten(0, (clips, frames))
+        weights = decoder.output_hypernetworks_mlps[0](mask_token)  # [Q*T,C/8]
+        return torch.einsum("nc,nchw->nhw", weights, upscaled).unflatten(0, (queries, frames))
 
     def upscale(self, logits: Tensor, sam_size: tuple[int, int], out_size: tuple[int, int]) -> Tensor:
         """Low-resolution logits [T,4h,4w] of one clip -> float32 logits [T,*out_size], bilinear.
@@ -173,17 +187,17 @@ class Segmenter(nn.Module):
         return F.interpolate(inside, tuple(out_size), mode="bilinear", align_corners=False)[:, 0]
 
 
-def build_segmenter(sam_type: str, image_size: int, checkpoint: str | Path | None = None) -> Segmenter:
-    """Build SAM and load its weights.
+def build_segmenter(sam_type: str, image_size: int, checkpoint: str | Path | None = None) -> SamSegmenter:
+    """Build SAM and load its weights strictly.
 
     Args:
         sam_type: vit_h, vit_l, vit_b, or the path of a JSON with the fields of `SamSizes`.
-        image_size: Z, side of the square input in pixels (1024 as released, 224 in the published AURORA code).
+        image_size: Z, side of the square input in pixels (1024 as released, 224 in the released AURORA code).
         checkpoint: .pth or .safetensors with the released key names, at this or another image size; None = random.
 
     Raises:
         ConfigError: an unknown type, or an image size that is no multiple of the patch.
-        WeightsError: the checkpoint is missing or does not fit.
+        WeightsError: the checkpoint is missing or does not fit, see `read_sam`.
     """
     if sam_type not in SAM_SIZES and not Path(sam_type).is_file():
         remedy = f"give one of {', '.join(SAM_SIZES)} or an existing JSON of sizes"
@@ -192,24 +206,93 @@ def build_segmenter(sam_type: str, image_size: int, checkpoint: str | Path | Non
     if image_size <= 0 or image_size % sizes.patch_size:
         rule = f"must be a multiple of SAM's patch, {sizes.patch_size}"
         raise ConfigError([Problem("model.sam_image_size", image_size, rule, "use 1024 or 224 with the released SAM")])
-    segmenter = Segmenter(assemble_sam(sizes, image_size), sizes)
+    segmenter = SamSegmenter(assemble_sam(sizes, image_size), sizes)
     if checkpoint is not None:
-        load_sam_weights(segmenter, checkpoint)
+        segmenter.sam.load_state_dict(read_sam(segmenter, checkpoint))
+        _refresh_dense_pe(segmenter)
     return segmenter.eval()
 
 
-def load_sam_weights(segmenter: Segmenter, checkpoint: str | Path) -> None:
-    """Load released SAM weights strictly, resampling the position tables where the image size differs.
+def read_sam(segmenter: SamSegmenter, checkpoint: str | Path) -> dict[str, Tensor]:
+    """The state of `segmenter.sam` in a checkpoint, its position tables resampled to the segmenter's image size.
 
     Raises:
-        WeightsError: no such file, neither .pth nor .safetensors, damaged, or holding more than tensors; missing,
-            unexpected or misshapen keys, all of them named.
+        WeightsError: see `read_sam_file`; or missing, unexpected or misshapen keys, all of them named.
     """
-    expected = segmenter.sam.state_dict()
-    state = read_sam_file(checkpoint)
-    refuse_sam(state, expected, segmenter.sizes, SAM_SIZES, checkpoint)
-    segmenter.sam.load_state_dict(resample_position_tables(state, expected, segmenter.sizes.global_blocks))
-    _refresh_dense_pe(segmenter)
+    state, expected, sizes = read_sam_file(checkpoint), segmenter.sam.state_dict(), segmenter.sizes
+    if problems := sam_problems(state, segmenter):
+        kind = recognise(state)
+        here = next((name for name, other in SAM_SIZES.items() if other == sizes), "a SAM of its own sizes")
+        guess = f"; the file holds {kind}, the model is {here}. Remedy: set model.sam_type: {kind}" if kind else ""
+        listed = "\n  ".join(problems)
+        raise WeightsError(f"{checkpoint} does not fit this SAM (check model.sam_type){guess}:\n  {listed}")
+    for key in position_tables(sizes.global_blocks):
+        wanted = expected[key].shape
+        if state[key].shape != wanted:
+            absolute = key == POSITION_TABLE
+            state[key] = (resample_grid(state[key], wanted[1:3]) if absolute
+                          else resample_relative(state[key], wanted[0]))  # fmt: skip
+    return state
+
+
+def read_sam_file(checkpoint: str | Path) -> dict[str, Tensor]:
+    """The tensors of a .pth or .safetensors file, read without running any code that it may hold.
+
+    Raises:
+        WeightsError: no such file, another ending, damaged, or holding more than tensors.
+    """
+    path = Path(checkpoint)
+    if not path.is_file():
+        raise WeightsError(f"model.sam_checkpoint = {path}: does not exist. Remedy: download it, or correct the path.")
+    if path.suffix not in (".safetensors", ".pth"):
+        raise WeightsError(f"model.sam_checkpoint = {path}: must end in .pth or .safetensors")
+    return load_safetensors(path) if path.suffix == ".safetensors" else load_state(path)
+
+
+def sam_problems(state: Mapping[str, Tensor], segmenter: SamSegmenter) -> list[str]:
+    """Every key that is missing, unexpected or of another shape; tables that can be resampled may differ in length."""
+    expected, tables = segmenter.sam.state_dict(), position_tables(segmenter.sizes.global_blocks)
+
+    def fits(stored: Tensor, wanted: Tensor, is_table: bool) -> bool:
+        if is_table:
+            return stored.dim() == wanted.dim() and stored.shape[-1] == wanted.shape[-1]
+        return stored.shape == wanted.shape
+
+    problems = [f"missing {key}" for key in expected if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in expected]
+    return problems + [
+        f"{key} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in state and not fits(state[key], value, key in tables)
+    ]
+
+
+def recognise(state: Mapping[str, Tensor]) -> str | None:
+    """Name of the released SAM whose encoder has the width and depth of `state`, None without one."""
+    table = state.get(POSITION_TABLE)
+    if table is None or table.dim() != 4:
+        return None
+    blocks = {m.group(1) for key in state if (m := re.match(r"image_encoder\.blocks\.(\d+)\.", key))}
+    found = (table.shape[-1], len(blocks))
+    return next((name for name, s in SAM_SIZES.items() if (s.encoder_width, s.encoder_depth) == found), None)
+
+
+def position_tables(global_blocks: tuple[int, ...]) -> set[str]:
+    """Names of the tables whose length follows from the image size; those of windowed blocks depend on the window."""
+    return {POSITION_TABLE} | {RELATIVE_TABLE.format(block, axis) for block in global_blocks for axis in "hw"}
+
+
+def resample_grid(table: Tensor, size: tuple[int, int]) -> Tensor:
+    """Absolute positions [1,h,w,D] on a grid of another size, bicubic as in the released code."""
+    channels_first = table.permute(0, 3, 1, 2).float()
+    moved = F.interpolate(channels_first, tuple(size), mode="bicubic", align_corners=False)
+    return moved.permute(0, 2, 3, 1).contiguous().to(table.dtype)
+
+
+def resample_relative(table: Tensor, length: int) -> Tensor:
+    """Relative positions [2h-1, D/heads] at another length: an image of unchanged width, bicubic likewise."""
+    image = table[None, None].float()
+    return F.interpolate(image, (length, table.shape[1]), mode="bicubic", align_corners=False)[0, 0].to(table.dtype)
 
 
 def assemble_sam(sizes: SamSizes, image_size: int) -> Sam:
@@ -253,7 +336,7 @@ def assemble_sam(sizes: SamSizes, image_size: int) -> Sam:
     )
 
 
-def _refresh_dense_pe(segmenter: Segmenter, incompatible_keys: object = None) -> None:
+def _refresh_dense_pe(segmenter: SamSegmenter, incompatible_keys: object = None) -> None:
     """Recompute the positional encoding after the random matrix behind it was loaded."""
     matrix = segmenter.sam.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
     if matrix.dtype == torch.float32 and not matrix.is_meta:

@@ -4,14 +4,13 @@ A stage is `prepare(batch)` without gradient, then `loss(prepared)` with it, onc
 for the forward whose output is differentiated; it is a DeepSpeed engine or the bare model. Everything else goes
 through `self.model`, the `AuroraModel` itself.
 
-Losses of a `StepLoss` stand under the paper's names and are already multiplied by their weights, as the published code
+Losses of a `StepLoss` stand under the paper's names and are already multiplied by their weights, as the released code
 logs them (LISA_sft_distill.py:434-446): loss = ce_loss + mask_loss + distill_loss, mask_loss = mask_bce_loss +
 mask_dice_loss.
 """
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -27,14 +26,6 @@ from model.aurora.model import AuroraModel
 from model.objectives.mask import MaskLosses, loss_shape, mask_losses, shrink_target
 from utils.types import AuroraOutput, Batch, MediaFeatures, PackedInputs, StepLoss
 
-STAGES = {
-    "teacher": "model.stages.teacher:TeacherStage",
-    "sft": "model.stages.sft:SftStage",
-    "reflective": "model.stages.reflective:ReflectiveStage",
-    "grpo": "model.stages.grpo:GrpoStage",
-}
-"""Stage name of the configuration -> module and class, imported when it is asked for."""
-
 
 class Stage(ABC):
     """One training stage.
@@ -45,13 +36,10 @@ class Stage(ABC):
         tokenizer: for stages that write or read text.
     """
 
-    updates = 1
-    """Optimiser steps on each prepared batch."""
+    updates = 1  # optimiser steps on each prepared batch
 
     def __init__(self, config: RunConfig, engine: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        self.config = config
-        self.engine = engine
-        self.tokenizer = tokenizer
+        self.config, self.engine, self.tokenizer = config, engine, tokenizer
 
     @property
     def model(self) -> AuroraModel:
@@ -82,16 +70,11 @@ class Prepared:
 
     batch: Batch
     packed: PackedInputs
-    frame_index: Tensor | None
-    """int64 [B,k] frames that get a mask loss; None = all T."""
-    teacher_features: Tensor | None = None
-    """[B,C] f_t of paper eq. 2, or None without distillation."""
-    teacher_has_seg: Tensor | None = None
-    """bool [B]"""
+    frame_index: Tensor | None  # int64 [B,k] frames that get a mask loss; None = all T
+    teacher_features: Tensor | None = None  # [B,C] f_t of paper eq. 2, or None without distillation
     media: MediaFeatures | None = None
     """Video and sound as they were encoded for the teacher; None = encoded in the loss."""
-    answers: None = None
-    """A supervised stage draws none."""
+    answers: None = None  # a supervised stage draws none
 
 
 class SupervisedStage(Stage):
@@ -105,12 +88,14 @@ class SupervisedStage(Stage):
 
     def loss(self, prepared: Prepared) -> StepLoss:
         """Weighted sum of cross entropy, mask losses and, where a teacher was asked, distillation."""
-        media = self.model.encode(prepared.batch, reuse=prepared.media)
-        output = self.engine(prepared.packed, media, prepared.frame_index)
-        masks = answer_mask_losses(
-            self.model, output, prepared.batch, prepared.frame_index, longest=self.config.loss.mask_side
+        batch, packed, frames = prepared.batch, prepared.packed, prepared.frame_index
+        # Towers run outside the engine's forward, so that frozen ones may be cached; only what follows is wrapped.
+        media = self.model.encode(batch, reuse=prepared.media)
+        output = self.engine(packed, media, frames)
+        words = cross_entropy(output) if self.model.writes else output.seg_features.new_zeros(())
+        masks = query_mask_losses(
+            self.model, output.mask_logits, packed.answer_of_query, batch, frames, self.config.loss.mask_side
         )
-        words = cross_entropy(output) if self.model.prompter.writes else output.seg_features.new_zeros(())
         return combine(self.config.loss, words, masks, self.distillation(prepared, output))
 
     def distillation(self, prepared: Prepared, output: AuroraOutput) -> Tensor | None:
@@ -118,32 +103,14 @@ class SupervisedStage(Stage):
         return None
 
 
-def build_stage(config: RunConfig, engine: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> Stage:
-    """The stage that `config.stage` names.
-
-    Raises:
-        ValueError: the name is no training stage.
-        RuntimeError: the stage's module is not part of this installation.
-    """
-    if config.stage not in STAGES:
-        raise ValueError(f"stage = {config.stage!r}: must be one of {', '.join(STAGES)}")
-    module_name, class_name = STAGES[config.stage].split(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name != module_name:
-            raise
-        raise RuntimeError(f"stage {config.stage!r} is not available: there is no {module_name}") from error
-    return getattr(module, class_name)(config, engine, tokenizer)
-
-
 def draw_frames(batch: Batch, count: int | None, device: torch.device) -> Tensor | None:
     """int64 [B,k] distinct frames of each clip in rising order, drawn with torch's CPU generator; None = all.
 
-    The published code decodes all 10; fewer cost less, and over the epochs every frame has its turn. Frames without an
+    The released code decodes all 10; fewer cost less, and over the epochs every frame has its turn. Frames without an
     annotated mask are never drawn; k is `count`, or less where a clip has fewer annotated frames.
     """
     frames = batch.sam_pixels.shape[1]
+    # On the CPU, whose generator a checkpoint stores: a resumed run draws the same frames.
     pools = [torch.arange(frames) if s.labelled is None else torch.tensor(s.labelled) for s in batch.samples]
     size = min(frames if count is None else count, *(len(pool) for pool in pools))
     if size == frames:
@@ -152,49 +119,46 @@ def draw_frames(batch: Batch, count: int | None, device: torch.device) -> Tensor
 
 
 def cross_entropy(output: AuroraOutput) -> Tensor:
-    """Mean over all answer tokens of the batch, in float32 (paper eq. 1; the mean instead of the sum as published)."""
+    """Mean over all answer tokens of the batch, in float32 (paper eq. 1, as a mean like the released code)."""
     if not len(output.answer_labels):
         raise ValueError("the batch has no labelled token: every training sample needs answer_ids")
     return F.cross_entropy(output.answer_logits.float(), output.answer_labels)
 
 
-def answer_mask_losses(
+def query_mask_losses(
     model: AuroraModel,
-    output: AuroraOutput,
+    mask_logits: Tensor,
+    clip_of_query: Tensor,
     batch: Batch,
     frame_index: Tensor | None = None,
-    group: int = 1,
-    chosen: Tensor | None = None,
     longest: int | None = None,
 ) -> MaskLosses:
-    """BCE and Dice of the answers that have a [SEG], against the masks of their clips.
+    """BCE and Dice of queries against the masks of their clips: means over the frames of each, then over queries.
 
     Args:
-        model: gives SAM's upscaling.
-        output: of B * group answers; answer a belongs to clip a // group.
+        model: gives the segmenter's upscaling.
+        mask_logits, clip_of_query: [Q,T or k,4h,4w] and int64 [Q].
         batch: B clips with masks at native size.
-        frame_index: int64 [B * group,k], as given to the forward; None = all frames.
-        group: answers per clip.
-        chosen: bool [B * group], answers to leave out besides those without [SEG]; None = none.
-        longest: long side in pixels at which the losses are computed (`loss.mask_side`); None = native, as published.
-
-    Returns:
-        MaskLosses, zero where no answer remains.
+        frame_index: int64 [B,k], as given to the forward; None = all frames.
+        longest: long side in pixels at which the losses are computed (`loss.mask_side`); None = native, as released.
     """
-    wanted = output.has_seg if chosen is None else output.has_seg & chosen
     logits, targets = [], []
-    for answer in wanted.nonzero().flatten().tolist():
-        clip = answer // group
-        masks = batch.masks[clip].to(output.mask_logits.device)
-        masks = masks if frame_index is None else masks[frame_index[answer]]
+    for low, clip in zip(mask_logits, clip_of_query.tolist(), strict=True):
+        masks = batch.masks[clip].to(low.device)
+        masks = masks if frame_index is None else masks[frame_index[clip]]
         size = loss_shape(tuple(masks.shape[-2:]), longest)
-        logits.append(model.segmenter.upscale(output.mask_logits[answer], batch.sam_sizes[clip], size))
+        logits.append(model.segmenter.upscale(low, batch.sam_sizes[clip], size))
         targets.append(shrink_target(masks, size))
-    return mask_losses(logits, targets)
+    if logits:
+        return mask_losses(logits, targets)
+    # No query, but a gradient of zero for the decoder: processes must agree on which gradients there are, or their
+    # reduction waits for ever.
+    zero = mask_logits.float().sum()
+    return MaskLosses(zero, zero)
 
 
 def combine(weights: LossConfig, ce: Tensor, masks: MaskLosses, distill: Tensor | None = None) -> StepLoss:
-    """Total and parts, each part times its weight (paper eq. 6 and 7: weights 1; published 1, 2, 0.5)."""
+    """Total and parts, each part times its weight (paper eq. 6 and 7: weights 1; released code 1, 2, 0.5)."""
     bce, dice = weights.bce * masks.bce, weights.dice * masks.dice
     parts = {"ce_loss": weights.ce * ce, "mask_bce_loss": bce, "mask_dice_loss": dice, "mask_loss": bce + dice}
     total = parts["ce_loss"] + parts["mask_loss"]

@@ -187,11 +187,16 @@ class _WordsAlone(nn.Module):
         super().__init__()
         self.prompt = prompt
         self.backbone = nn.Module()
-        self.backbone.language_model = language_model
-        self.backbone.embed = lambda packed, media: prompt
+        self.backbone.decoder, self.backbone.lm_head = language_model.model, language_model.lm_head
+        self.backbone.words = language_model.get_input_embeddings()
 
     def pack_without_last_token(self, batch: Any) -> SimpleNamespace:
-        return SimpleNamespace(attention_mask=torch.ones(1, self.prompt.shape[1], dtype=torch.bool))
+        length = self.prompt.shape[1]
+        mask = torch.ones(1, length, dtype=torch.bool)
+        return SimpleNamespace(attention_mask=mask, position_ids=torch.arange(length)[None])
+
+    def embed(self, packed: Any, media: Any) -> Tensor:
+        return self.prompt
 
 
 def timed(paths: dict[str, Callable[[], Tensor]], repeats: int, clock: str) -> dict[str, float]:

@@ -29,8 +29,8 @@ class EndsInSeg:
         states = torch.randn(len(answers.token_ids), self.model.text_hidden_fcs[0][0].in_features, generator=generator)
         for row in answers.token_ids:
             row[-1] = self.model.seg_token_id
-        there = torch.ones(len(states), dtype=torch.bool)
-        return media, replace(answers, seg_hidden=states, has_seg=there, log_probs=None)
+        everyone = torch.arange(len(states))
+        return media, replace(answers, seg_hidden=states, answer_of_query=everyone, log_probs=None)
 
 
 class FastStage(EndsInSeg, GrpoStage):

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 
 from model.backbones.videollama2.backbone import VideoLlama2
 from model.backbones.videollama2.config import VideoLlama2Config
-from model.segmenters.sam import SamSizes, Segmenter, assemble_sam
+from model.segmenters.sam import SamSegmenter, SamSizes, assemble_sam
 from scripts.dev.mini_base import perception, reading
 from scripts.dev.mini_base.corpus import pretraining_text
 from scripts.dev.mini_base.tokens import TreePacker, train_tokenizer
@@ -66,7 +66,7 @@ def main() -> None:
     config = VideoLlama2Config.from_dict({**MODEL, "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
                                           "pad_token_id": tokenizer.token_to_id("<|endoftext|>")})  # fmt: skip
     model = VideoLlama2(config)
-    segmenter = Segmenter(assemble_sam(SAM_SIZES, IMAGE_SIDE), SAM_SIZES)
+    segmenter = SamSegmenter(assemble_sam(SAM_SIZES, IMAGE_SIDE), SAM_SIZES)
     torch.nn.init.normal_(segmenter.sam.image_encoder.pos_embed, std=0.02)
     torch.nn.init.normal_(model.language_model.model.embed_tokens.weight, std=0.25)
     train(arguments, model, segmenter, tokenizer)
@@ -93,7 +93,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def train(arguments: argparse.Namespace, model: VideoLlama2, segmenter: Segmenter, tokenizer: Tokenizer) -> None:
+def train(arguments: argparse.Namespace, model: VideoLlama2, segmenter: SamSegmenter, tokenizer: Tokenizer) -> None:
     """Run the steps in order, loading those whose file is in the work folder."""
     bank = None
     frames = 10 * 100 - 2  # 10 s of 10 ms, less the last incomplete windows
@@ -120,7 +120,7 @@ def train(arguments: argparse.Namespace, model: VideoLlama2, segmenter: Segmente
         building.replace(path)
 
 
-def run_step(name: str, model: VideoLlama2, segmenter: Segmenter, packer: TreePacker, bank: perception.Bank | None,
+def run_step(name: str, model: VideoLlama2, segmenter: SamSegmenter, packer: TreePacker, bank: perception.Bank | None,
              steps: int) -> None:  # fmt: skip
     def report(line: str) -> None:
         print(line, flush=True)
@@ -158,7 +158,7 @@ def load_part(name: str, part: torch.nn.Module, path: Path) -> None:
     part.load_state_dict(state, strict=False)
 
 
-def save(out: Path, work: Path, model: VideoLlama2, segmenter: Segmenter) -> None:
+def save(out: Path, work: Path, model: VideoLlama2, segmenter: SamSegmenter) -> None:
     """Write the released layout in float16 (half the size; loaded in the precision of the run)."""
     from model.backbones.videollama2.weights import save_backbone
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from configs.schema import RunConfig
+from model.aurora.build import build_meta_model
 from model.aurora.inference import predict
-from model.aurora.meta import build_meta_model
 from model.aurora.model import AuroraModel
-from model.stages.base import build_stage
+from model.stages import build_stage
 from scripts.plan_memory import Workload, fbank_frames
 from utils.engine import build_engine
 from utils.types import VIDEO_PLACEHOLDER, Batch, Sample

@@ -16,8 +16,8 @@ from typing import Any
 
 import train_ds
 import train_ds_test
-from dataset.cot import numbered_lines
 from dataset.mini.world import WorldSettings, make_mini_world
+from dataset.records import numbered_lines
 from scripts import build_reflective, correct_paths, mine_failures
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,7 +104,7 @@ def _training(folder: Path, stage: str, *overrides: str) -> Case:
     def files(run: Path) -> dict[str, bytes]:
         rows = [{k: v for k, v in row.items() if not any(clock in k for clock in CLOCKS)}
                 for row in _rows(run / "metrics.jsonl")]  # fmt: skip
-        found = {name: (run / "final" / name).read_bytes() for name in ("trained.safetensors", "trained.json")}
+        found = {name: (run / "final" / name).read_bytes() for name in ("adapter_model.safetensors", "trained.json")}
         samples = run / "samples.jsonl"
         found["samples.jsonl"] = samples.read_bytes() if samples.exists() else b""
         return {**found, "metrics.jsonl": json.dumps(rows).encode()}

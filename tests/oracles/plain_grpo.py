@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from configs.schema import RunConfig
 from model.aurora.generation import STOP_TOKEN
 from model.aurora.model import AuroraModel
+from model.backbones.videollama2.splice import splice
 from model.stages.grpo import GrpoStage, Rollouts
 from utils.types import Batch, Generation, GroupInputs, GroupOutput, MediaFeatures, StepLoss
 
@@ -36,7 +37,8 @@ class PlainEngine(nn.Module):
         """As `AuroraModel.forward`; of `packed`, only the layout of the answers is read."""
         prompts = [p for p in self.batch.prompts for _ in range(packed.group)]
         copies = self.module.pack(self.batch, self.answers, prompts)
-        output = self.module(copies, media.repeat(packed.group), frame_index)
+        frames = None if frame_index is None else frame_index.repeat_interleave(packed.group, 0)
+        output = self.module(copies, media.repeat(packed.group), frames)
         scores = F.log_softmax(output.answer_logits.float() / self.temperature, -1)
         log_probs = scores.gather(-1, output.answer_labels[:, None])[:, 0]
         entropy = -(scores.exp() * scores).sum(-1).detach()
@@ -45,7 +47,6 @@ class PlainEngine(nn.Module):
             places.masked_scatter(packed.mask, log_probs),
             places.masked_scatter(packed.mask, entropy),
             output.seg_features,
-            output.has_seg,
             output.mask_logits,
         )
 
@@ -61,7 +62,9 @@ class PlainGrpoStage(GrpoStage):
         g, model = self.config.grpo, self.model
         copies = model.encode(repeat(batch, g.group_size))
         media = every(copies, g.group_size)
-        packed = model.pack(batch, None, padding_side="left")
+        sizes, frames, sounds = model.backbone.config, batch.pixel_values.shape[1], batch.fbank.shape[1]
+        packed = splice(batch.prompts, None, sizes.video_tokens(frames), sizes.audio_tokens(sounds),
+                        model.seg_token_id, padding_side="left")  # fmt: skip
         stop = self.tokenizer.convert_tokens_to_ids(STOP_TOKEN)
         drawn = model.backbone.language_model.generate(
             inputs_embeds=model.backbone.embed(packed, media), attention_mask=packed.attention_mask.long(),
@@ -70,17 +73,13 @@ class PlainGrpoStage(GrpoStage):
             num_return_sequences=g.group_size, eos_token_id=stop, pad_token_id=0,
         )  # fmt: skip
         ids = [self._cut(row, stop) for row in drawn.cpu()]
-        has_seg = torch.tensor([bool((row == model.seg_token_id).any()) for row in ids], device=model.device)
         texts = [self.tokenizer.decode([t for t in row.tolist() if t != stop]).strip() for row in ids]
         cut_off = torch.tensor([int(row[-1]) != stop for row in ids], device=model.device)
-        width = model.backbone.language_model.get_input_embeddings().embedding_dim
-        states = torch.zeros(len(ids), width, device=model.device, dtype=model.backbone.dtype)
-        if bool(has_seg.any()):  # the published code regenerates the sequence for it (LISA_sft_distill.py:256-282)
-            rows = model.pack(batch, ids, [p for p in batch.prompts for _ in range(g.group_size)])
-            hidden = model.hidden_states(rows, replace(media, image_embeddings=None).repeat(g.group_size))
-            at = hidden[torch.arange(len(ids), device=hidden.device), rows.seg_positions.clamp(min=0)]
-            states = at.masked_fill(~has_seg[:, None], 0)
-        return media, Generation(ids, texts, states, has_seg, cut_off)
+        # The released code regenerates the sequence for the states at [SEG] (LISA_sft_distill.py:256-282).
+        rows = model.pack(batch, ids, [p for p in batch.prompts for _ in range(g.group_size)])
+        hidden = model.hidden_states(rows, replace(media, image_embeddings=None).repeat(g.group_size))
+        states = hidden[rows.answer_of_query, rows.position_of_query]
+        return media, Generation(ids, texts, states, rows.answer_of_query, cut_off)
 
     def loss(self, prepared: Rollouts) -> StepLoss:
         """As the stage's, through `PlainEngine`."""

@@ -1,4 +1,4 @@
-"""From log-mel energies to audio features: normalisation, patches, BEATs (published code BEATs.py:65-180)."""
+"""From log-mel energies to audio features: normalisation, patches, BEATs (released code BEATs.py:65-180)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class AudioTower(nn.Module):
 
         Args:
             fbank: float32 [B,F,K] raw log-mel energies; normalised in that precision, then cast to the tower's dtype
-                (the published code casts to bf16 first, which costs about .005 after normalisation).
+                (the released code casts to bf16 first, which costs about .005 after normalisation).
 
         Returns:
             [B,Ma,Da], Ma = (F // patch) * (K // patch), ordered (time, frequency).

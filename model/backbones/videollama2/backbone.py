@@ -1,23 +1,24 @@
-"""VideoLLaMA2.1-AV in one module: towers, projectors, language model, and the embedding of a spliced batch."""
+"""VideoLLaMA2.1-AV in one module: towers, projectors, language model, and the layout of its rows."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from model.backbones.base import Backbone, Tower
 from model.backbones.videollama2.audio_tower import AudioTower
 from model.backbones.videollama2.config import VideoLlama2Config
 from model.backbones.videollama2.connector import STCConnector
 from model.backbones.videollama2.language_model import build_language_model
+from model.backbones.videollama2.splice import splice
 from model.backbones.videollama2.vision_tower import VisionTower
-from utils.types import MediaFeatures, PackedInputs
+from utils.types import Batch, PackedInputs
 
 
-class VideoLlama2(nn.Module):
+class VideoLlama2(Backbone):
     """The backbone with random weights; `model.backbones.videollama2.weights.load_backbone` fills it from a checkpoint.
-
-    Whether a part is trained is the caller's affair: nothing here runs under no_grad, and a part whose parameters do
-    not require gradients records none.
 
     Args:
         config: sizes.
@@ -36,61 +37,33 @@ class VideoLlama2(nn.Module):
             nn.Linear(config.beats.encoder_embed_dim, width), nn.GELU(), nn.Linear(width, width)
         )
 
-    @property
-    def device(self) -> torch.device:
-        return self.language_model.lm_head.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.language_model.lm_head.weight.dtype
-
-    def encode_video(self, pixels: Tensor) -> Tensor:
-        """Frames to video tokens.
-
-        Args:
-            pixels: [B,T,3,P,P] in [-1, 1], T >= 2 of any number.
-
-        Returns:
-            [B,Mv,D], Mv = `config.video_tokens(T)`.
+    def run_tower(self, tower: Tower, inputs: Tensor) -> Tensor:
+        """Frames [R,T,3,P,P] in [-1, 1] -> patches [R,T,N,Dv]; raw log-mel energies float32 [R,F,K] -> [R,Ma,Da].
 
         Raises:
-            ValueError: for another frame size or fewer than two frames.
+            ValueError: for another frame size, or sound that the tower cannot read.
         """
-        if pixels.ndim != 5:
-            raise ValueError(f"encode_video: pixels of shape {tuple(pixels.shape)}, but [B, T, 3, P, P] is needed")
-        patches = self.vision_tower(pixels.flatten(0, 1))
-        return self.mm_projector(patches.unflatten(0, pixels.shape[:2]))
+        if tower.kind == "audio":  # stays float32 until the tower has normalised it
+            return self.audio_tower(inputs)
+        if inputs.ndim != 5:
+            raise ValueError(f"encode_video: pixels of shape {tuple(inputs.shape)}, but [B, T, 3, P, P] is needed")
+        return self.vision_tower(inputs.to(self.dtype).flatten(0, 1)).unflatten(0, inputs.shape[:2])
+
+    def encode_video(self, pixels: Tensor) -> Tensor:
+        """Frames [B,T,3,P,P], T >= 2, to video tokens [B,Mv,D], Mv = `config.video_tokens(T)`."""
+        return self.mm_projector(self.run_tower(self.towers[0], pixels))
 
     def encode_audio(self, fbank: Tensor) -> Tensor:
         """Raw log-mel energies float32 [B,F,K] to audio tokens [B,Ma,D], Ma = `config.audio_tokens(F)`."""
-        return self.mm_projector_a(self.audio_tower(fbank))
+        return self.mm_projector_a(self.run_tower(self.towers[1], fbank))
 
-    def embed(self, packed: PackedInputs, media: MediaFeatures | None = None) -> Tensor:
-        """Put word embeddings and media features where `packed` says.
-
-        Args:
-            packed: positions of a whole batch.
-            media: features of the same B rows; None for text alone. A row that uses only one kind still has an entry
-                in both tensors (its content is not read).
-
-        Returns:
-            [B,S,D] embeddings, differentiable through words and media; padding is zero.
-
-        Raises:
-            ValueError: if the rows differ in number, or a position asks for a media token that is not there.
-        """
-        text = self.language_model.get_input_embeddings()(packed.token_ids)
-        parts = [] if media is None else [x for x in (media.video, media.audio) if x is not None]
-        index = packed.media_index
-        if parts:
-            tokens = torch.cat(parts, dim=1)
-            if tokens.shape[0] != index.shape[0]:
-                raise ValueError(f"embed: media of {tokens.shape[0]} rows for {index.shape[0]} packed rows")
-            gathered = tokens.gather(1, index.clamp(min=0).unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
-            text = torch.where((index >= 0).unsqueeze(-1), gathered.to(text.dtype), text)
-        elif bool((index >= 0).any()):
-            raise ValueError("embed: the rows hold media positions but no media features were given")
-        return text.masked_fill(~packed.attention_mask.unsqueeze(-1), 0)
+    def layout(
+        self, batch: Batch, prompts: Sequence[Tensor], answers: Sequence[Tensor] | None, seg_token_id: int
+    ) -> PackedInputs:
+        """See `Backbone.layout` and `splice`."""
+        video = self.config.video_tokens(batch.pixel_values.shape[1])
+        audio = self.config.audio_tokens(batch.fbank.shape[1])
+        return splice(prompts, answers, video, audio, seg_token_id)
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute the activations of the language model's and of BEATs' layers in backward (training mode only)."""

@@ -1,8 +1,8 @@
 """BEATs encoder (iter3+), from https://github.com/microsoft/unilm/tree/master/beats as VideoLLaMA2 carries it.
 
 Post-norm transformer with deep-norm residuals, a weight-normalised positional convolution, and a T5-style relative
-position bias that each layer gates by its queries. Differences from the published code, none of which changes a value:
-the position table is one parameter (published: one module registered under every layer), the fp16 safeguards around
+position bias that each layer gates by its queries. Differences from the released code, none of which changes a value:
+the position table is one parameter (released: one module registered under every layer), the fp16 safeguards around
 the softmax are left out, and dropout and layerdrop do not exist (backbone.py:135-136 drops layers even when frozen).
 """
 
@@ -19,7 +19,7 @@ from model.backbones.videollama2.config import BeatsConfig
 
 
 class _ScaleGradient(torch.autograd.Function):
-    """Identity whose gradient is multiplied by a constant (published code modules.py, GradMultiply)."""
+    """Identity whose gradient is multiplied by a constant (released code modules.py, GradMultiply)."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, factor: float) -> Tensor:

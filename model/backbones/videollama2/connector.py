@@ -2,7 +2,7 @@
 
 Two RegNet stages around a strided 3-D convolution: stage 1 mixes patches of each frame, the sampler halves time, height
 and width (padding 0: an odd last frame, row or column is dropped), stage 2 mixes again, and an MLP reads out tokens.
-The published code takes its stages from timm; they are written here with the same parameter names.
+The released code takes its stages from timm; they are written here with the same parameter names.
 """
 
 from __future__ import annotations

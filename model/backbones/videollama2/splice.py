@@ -1,6 +1,6 @@
 """Lay out text and media of a batch as one sequence per row, with labels, mask and the [SEG] position aligned.
 
-The published merge (videollama2_arch.py:388-552) concatenates embeddings, rebuilds labels and masks on the side and
+The released merge (videollama2_arch.py:388-552) concatenates embeddings, rebuilds labels and masks on the side and
 loses all but the last row's [SEG]. Here positions alone are computed, from known token counts; `VideoLlama2.embed`
 then gathers. Runs no weights, so it may run under no_grad or in a worker without cutting a gradient.
 """
@@ -8,13 +8,14 @@ then gathers. Runs no weights, so it may run under no_grad or in a worker withou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
+from model.backbones.base import query_positions
 from utils.types import AUDIO_PLACEHOLDER, IGNORE, VIDEO_PLACEHOLDER, PackedInputs
 
 
@@ -23,7 +24,7 @@ class _Row:
     token_ids: Tensor
     media_index: Tensor
     labels: Tensor
-    seg_position: int
+    queries: Tensor
 
 
 def splice(
@@ -52,8 +53,8 @@ def splice(
             positions are relative, so the shift changes nothing).
 
     Returns:
-        The packed batch on the prompts' device: labels at answer tokens only, `seg_positions` = last [SEG] of the
-        ANSWER (a [SEG] in the prompt does not count), -1 without one.
+        The packed batch on the prompts' device: labels at answer tokens only, a query at the last [SEG] of each ANSWER
+        that has one (a [SEG] in the prompt does not count).
 
     Raises:
         ValueError: for more than one placeholder, a placeholder whose media the batch lacks, other negative ids,
@@ -80,30 +81,6 @@ def splice(
     return _pad(rows, padding_side)
 
 
-def ignore_before(packed: PackedInputs, starts: Sequence[int]) -> PackedInputs:
-    """The same batch with the first `starts[b]` answer tokens of row b unlabelled: read, but not learned.
-
-    Args:
-        packed: a batch with answers, as `splice` made it (each row's labelled tokens are its whole answer).
-        starts: B counts of tokens; 0 leaves a row as it is.
-
-    Returns:
-        A batch that shares all tensors but `labels`.
-
-    Raises:
-        ValueError: a count is negative or leaves a row with an answer no labelled token; names the row.
-    """
-    labelled = packed.labels != IGNORE
-    if len(starts) != len(labelled):
-        raise ValueError(f"ignore_before: {len(labelled)} rows, {len(starts)} starts; must be equal")
-    for number, (start, length) in enumerate(zip(starts, labelled.sum(1).tolist(), strict=True)):
-        if start and not 0 <= start < length:
-            raise ValueError(f"ignore_before: row {number}: start {start}, but the answer has tokens 0..{length - 1}")
-    first = torch.tensor(list(starts), device=labelled.device)[:, None]
-    early = labelled & (labelled.cumsum(1) <= first)
-    return replace(packed, labels=packed.labels.masked_fill(early, IGNORE))
-
-
 def _splice_row(prompt: Tensor, answer: Tensor, video_tokens: int, audio_tokens: int, seg_token_id: int) -> _Row:
     if prompt.ndim != 1 or answer.ndim != 1:
         raise ValueError(f"ids must be 1-D, got prompt {tuple(prompt.shape)} and answer {tuple(answer.shape)}")
@@ -111,16 +88,19 @@ def _splice_row(prompt: Tensor, answer: Tensor, video_tokens: int, audio_tokens:
         raise ValueError(f"the answer holds negative id {int(answer.min())}; placeholders belong in the prompt")
     at, media = _placeholder(prompt, video_tokens, audio_tokens)
     before, after = prompt[:at], prompt[at + 1 :]
+    # Id 0 holds the places of the media: `embed` puts their features over whatever word that is.
     token_ids = torch.cat([before, torch.zeros_like(media), after, answer])
     if not len(token_ids):
         raise ValueError("prompt and answer are both empty")
     start = len(token_ids) - len(answer)
     media_index = torch.full_like(token_ids, -1)
     media_index[at : at + len(media)] = media
+    # A label stands AT its token; the shift by one happens where logits are read, in every stage alike.
     labels = torch.full_like(token_ids, IGNORE)
     labels[start:] = answer
-    seg = (answer == seg_token_id).nonzero()
-    return _Row(token_ids, media_index, labels, start + int(seg[-1]) if len(seg) else -1)
+    # Counted in the spliced row, behind hundreds of media tokens: the released GRPO looks its positions up in the row
+    # without media (LISA_grpo.py:252-263), and so trains other tokens.
+    return _Row(token_ids, media_index, labels, start + query_positions(answer, seg_token_id))
 
 
 def _placeholder(prompt: Tensor, video_tokens: int, audio_tokens: int) -> tuple[int, Tensor]:
@@ -141,19 +121,21 @@ def _placeholder(prompt: Tensor, video_tokens: int, audio_tokens: int) -> tuple[
     return negative[0], torch.arange(first, video_tokens + audio_tokens, device=prompt.device)
 
 
-def _pad(rows: list[_Row], side: str) -> PackedInputs:
-    length = max(len(row.token_ids) for row in rows)
-    missing = [length - len(row.token_ids) for row in rows]
-    margins = [(0, m) if side == "right" else (m, 0) for m in missing]
+def _pad(rows: list[_Row], side: Literal["right", "left"]) -> PackedInputs:
+    # On the right, a causal decoder never lets a valid token see padding; on the left, every row ends together.
+    lengths = [len(row.token_ids) for row in rows]
+    shifts = [max(lengths) - n if side == "left" else 0 for n in lengths]
 
     def stack(tensors: list[Tensor], value: int) -> Tensor:
-        return torch.stack([F.pad(t, margin, value=value) for t, margin in zip(tensors, margins, strict=True)])
+        return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
-    segs = [row.seg_position + margin[0] * (row.seg_position >= 0) for row, margin in zip(rows, margins, strict=True)]
+    device, counts = rows[0].token_ids.device, [len(row.queries) for row in rows]
     return PackedInputs(
         token_ids=stack([row.token_ids for row in rows], 0),
         media_index=stack([row.media_index for row in rows], -1),
         labels=stack([row.labels for row in rows], IGNORE),
         attention_mask=stack([torch.ones_like(row.token_ids, dtype=torch.bool) for row in rows], 0),
-        seg_positions=torch.tensor(segs, device=rows[0].token_ids.device),
+        position_ids=torch.arange(max(lengths), device=device).repeat(len(rows), 1),
+        answer_of_query=torch.arange(len(rows), device=device).repeat_interleave(torch.tensor(counts, device=device)),
+        position_of_query=torch.cat([row.queries + shift for row, shift in zip(rows, shifts, strict=True)]),
     )

@@ -1,6 +1,6 @@
 """SigLIP as VideoLLaMA2 uses it: the patch features of an inner layer.
 
-The published tower takes `hidden_states[-2]` of the whole model (encoder.py:126-132). The same tensor is the output of
+The released tower takes `hidden_states[-2]` of the whole model (encoder.py:126-132). The same tensor is the output of
 the last-but-one encoder layer, so later layers, post_layernorm and the pooling head are not run here. They stay as
 parameters because the released checkpoint stores them and a saved one must hold the same names.
 """

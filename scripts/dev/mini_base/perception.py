@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dataset.fbank import kaldi_fbank
 from dataset.mini import scene as scenes
 from model.backbones.videollama2.backbone import VideoLlama2
-from model.segmenters.sam import Segmenter
+from model.segmenters.sam import SamSegmenter
 from scripts.dev.mini_base.corpus import random_scene
 
 CLASSES, COLOURS = scenes.CLASSES, tuple(scenes.COLOURS)
@@ -72,7 +72,7 @@ def vision_pixels(frames: Tensor) -> Tensor:
     return (frames.movedim(-1, -3).float() / 255 - 0.5) / 0.5
 
 
-def sam_pixels(frames: Tensor, segmenter: Segmenter) -> Tensor:
+def sam_pixels(frames: Tensor, segmenter: SamSegmenter) -> Tensor:
     """uint8 [...,H,W,3] -> float32 [...,3,H,W] in SAM's normalisation."""
     sam = segmenter.sam
     return (frames.movedim(-1, -3).float() - sam.pixel_mean) / sam.pixel_std
@@ -200,7 +200,7 @@ def _sound_levels(bank: Bank, steps: int, patch: int) -> Tensor:
     return levels
 
 
-def pretrain_sam(segmenter: Segmenter, bank: Bank, steps: int, report: Callable[[str], None]) -> None:
+def pretrain_sam(segmenter: SamSegmenter, bank: Bank, steps: int, report: Callable[[str], None]) -> None:
     """SAM segments what stands at a point or at a named place, whatever its class, as the released one does.
 
     Its embedding also tells class and colour of each cell through a head that is thrown away: without it the encoder
@@ -256,7 +256,7 @@ def _place_prompt(places: nn.Embedding, wanted: Tensor, owner: Tensor, noisy: bo
     return prompts, (owner == wanted[:, None, None]).float()
 
 
-def _point_prompt(segmenter: Segmenter, owner: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+def _point_prompt(segmenter: SamSegmenter, owner: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     target = (owner == wanted[:, None, None]).float()
     weight = target.flatten(1) + 1e-9
     index = torch.multinomial(weight, 1)[:, 0]

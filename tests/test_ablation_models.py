@@ -15,12 +15,11 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 import train_ds_test
 from configs.schema import ModelConfig, TrainableConfig
-from dataset.prompt import load_tokenizer
-from dataset.references import build_prompts
-from model.aurora.adapters import apply_trainable, component_counts
+from dataset.prompt import build_prompts, load_tokenizer
+from model.aurora.ablations import LearnableQueryAurora, TextEncoderAurora, load_text_encoder
 from model.aurora.inference import predict
 from model.aurora.model import AuroraModel
-from model.aurora.prompter import LearnableTokens, TextPrompter, load_text_encoder
+from model.aurora.trainable import apply_trainable, component_counts
 from model.aurora.trained import load_trained, save_trained
 from model.backbones.videollama2.weights import load_backbone
 from tests.aurora_cases import BASE, SEG, StubTokenizer, stir, three_clips, tiny_batch, tiny_sample, tiny_segmenter
@@ -37,8 +36,7 @@ WHOLE = TrainableConfig(lora_rank=0, lora_targets=(), full=(r"language_model\.",
 def queried(count: int = 2, trainable: TrainableConfig | None = None, seed: int = 0) -> AuroraModel:
     backbone, _ = load_backbone(BASE)
     torch.manual_seed(seed)
-    prompter = LearnableTokens(count, backbone.language_model.get_input_embeddings().weight)
-    model = AuroraModel(backbone, tiny_segmenter(seed), SEG, prompter=prompter)
+    model = LearnableQueryAurora(backbone, tiny_segmenter(seed), SEG, count=count)
     if trainable is not None:
         apply_trainable(model, trainable)
     return model
@@ -84,7 +82,7 @@ def test_learnable_tokens_stand_behind_each_answer() -> None:
         hidden = model.hidden_states(packed, model.encode(batch))
         for row in range(3):  # the naive way: one row, its embeddings with the tokens put in by hand
             end = int(packed.seg_positions[row]) + 1
-            inputs = torch.cat([embedded[row, : end - 3], model.prompter.queries.weight])[None]
+            inputs = torch.cat([embedded[row, : end - 3], model.prompter["queries"].weight])[None]
             states = model.backbone.language_model.model(inputs_embeds=inputs, use_cache=False).last_hidden_state[0]
             expected = torch.stack([model.project(states[i]) for i in range(end - 3, end)]).mean(0)
             torch.testing.assert_close(model.seg_features(hidden, packed)[row], expected, rtol=1e-4, atol=1e-5)
@@ -103,19 +101,19 @@ def test_learnable_tokens_learn_are_counted_and_come_back(tmp_path: Path) -> Non
     model, batch = queried(2, WHOLE).train(), three_clips()
     output = model(model.pack(batch, batch.answers), model.encode(batch))
     (F.cross_entropy(output.answer_logits, output.answer_labels) + output.mask_logits.square().mean()).backward()
-    assert model.prompter.queries.weight.grad.abs().min() > 0
+    assert model.prompter["queries"].weight.grad.abs().min() > 0
     counts = {c.name: c for c in component_counts(model)}
-    assert counts["prompter"].trainable == model.prompter.queries.weight.numel()
+    assert counts["prompter"].trainable == model.prompter["queries"].weight.numel()
     stir(model, 1)
     save_trained(model, tmp_path)
     # A training of the words alone keeps them frozen, and hands them on.
     words = queried(2, WHOLE.model_copy(update={"seg_head": False, "mask_decoder": False}), seed=5)
     load_trained(words, tmp_path)
-    assert not words.prompter.queries.weight.requires_grad and words.is_frozen("prompter")
+    assert not words.prompter["queries"].weight.requires_grad and words.is_frozen("prompter")
     save_trained(words, tmp_path / "second")
     third = queried(2, WHOLE, seed=6)
     load_trained(third, tmp_path / "second")
-    assert third.prompter.queries.weight.equal(model.prompter.queries.weight)
+    assert third.prompter["queries"].weight.equal(model.prompter["queries"].weight)
     with pytest.raises(WeightsError, match="prompter.queries"):
         load_trained(queried(3, WHOLE), tmp_path)
 
@@ -139,14 +137,14 @@ def test_generation_goes_on_to_the_learnable_tokens() -> None:
 def test_a_text_encoder_reads_the_reference_alone(kind: str, clip_folder: Path) -> None:
     encoder = load_text_encoder(str(clip_folder), torch.float32) if kind == "clip" else None
     backbone, _ = load_backbone(BASE)
-    model = AuroraModel(backbone, tiny_segmenter(), SEG, prompter=TextPrompter(encoder))
+    model = TextEncoderAurora(backbone, tiny_segmenter(), SEG, encoder=encoder)
     apply_trainable(model, HEADS)
     references = [[58, 3, 4, 59], [58, 9, 10, 11, 12, 59], [58, 2, 59]]
     batch = with_references(*references)
     media = model.encode(batch)
     assert media.video is None and media.audio is None and media.image_embeddings is not None
     output = model.train()(model.pack(batch, batch.answers), media)
-    assert output.has_seg.all() and output.answer_logits is None and not len(output.answer_labels)
+    assert len(output.seg_features) == 3 and output.answer_logits is None and not len(output.answer_labels)
     for i, ids in enumerate(references):  # one by one, without padding
         alone = torch.tensor([ids])
         if encoder is None:

@@ -1,0 +1,62 @@
+"""The door for mask models: what one must offer to be prompted by a [SEG] feature. A new segmenter is one subclass.
+
+It is chosen by `model.sam_type` (`model.aurora.build.SEGMENTERS`); what it reads is prepared by `dataset.processor`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+
+class Segmenter(nn.Module, ABC):
+    """An image encoder that is never trained, and a decoder that turns a prompt into the masks of a clip."""
+
+    components: tuple[str, ...]
+    """Modules whose names begin every parameter; the decoder that `trainable.mask_decoder` trains is
+    `sam.mask_decoder`."""
+    no_gradient: tuple[str, ...]
+    """Those of them that run without gradient, so that training them would do nothing; first the image encoder."""
+    image_size: int
+    """Z: side of the padded square input, in pixels."""
+    prompt_width: int
+    """C: width of a prompt."""
+
+    @abstractmethod
+    def encode(self, sam_pixels: Tensor) -> Tensor:
+        """Frames [B,T,3,Z,Z], normalised and padded -> image embeddings [B,T,...], without gradient.
+
+        Raises:
+            ValueError: the frames are not squares of `image_size` pixels.
+        """
+
+    @abstractmethod
+    def decode(
+        self,
+        image_embeddings: Tensor,
+        prompts: Tensor,
+        clip_of_query: Tensor | None = None,
+        frame_index: Tensor | None = None,
+    ) -> Tensor:
+        """Masks of Q prompts, each on the frames of its clip.
+
+        Args:
+            image_embeddings: from `encode`, of B clips.
+            prompts: [Q,C].
+            clip_of_query: int64 [Q]; None = one prompt a clip, in their order.
+            frame_index: int64 [Q,k] frames to decode; None = all T.
+
+        Returns:
+            [Q,T or k,h',w'] low-resolution mask logits of the padded square.
+
+        Raises:
+            ValueError: the prompts have another number or width.
+        """
+
+    @abstractmethod
+    def upscale(self, logits: Tensor, sam_size: tuple[int, int], out_size: tuple[int, int]) -> Tensor:
+        """Low-resolution logits [T,h',w'] of one clip -> float32 logits [T,*out_size].
+
+        `sam_size` is the (height, width) of the frames inside the padded square.
+        """
