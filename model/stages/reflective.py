@@ -34,15 +34,8 @@ class ReflectiveStage(SupervisedStage):
 def ignore_before(packed: PackedInputs, starts: Sequence[int]) -> PackedInputs:
     """The same batch with the first `starts[b]` answer tokens of row b unlabelled: read, but not learned.
 
-    Args:
-        packed: a batch with answers (each row's labelled tokens are its whole answer).
-        starts: B counts of tokens; 0 leaves a row as it is.
-
-    Returns:
-        A batch that shares all tensors but `labels`.
-
     Raises:
-        ValueError: a count is negative or leaves a row with an answer no labelled token; names the row.
+        ValueError: a count is negative, or leaves a row with an answer no labelled token; names the row.
     """
     labelled = packed.labels != IGNORE
     if len(starts) != len(labelled):
