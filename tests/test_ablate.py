@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -216,7 +217,9 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     while not path.exists() or "cot" not in path.read_text().splitlines():
         assert runner.poll() is None and time.monotonic() < end
         time.sleep(0.05)
-    runner.kill()
+    # Its commands too: one that outlived it would finish, and count.
+    for process in [*psutil.Process(runner.pid).children(recursive=True), psutil.Process(runner.pid)]:
+        process.kill()
     runner.wait()
     (project / "hold-cot").unlink()
     before = log(project)
