@@ -258,7 +258,7 @@ def test_probe_needs_two_clips_and_a_known_name(tmp_path: Path, parts: Parts) ->
 def test_collate(parts: Parts, count: int) -> None:
     samples = [_dataset(parts, answer="class")[i] for i in range(count)]
     batch = collate(samples)
-    assert isinstance(batch, Batch) and len(batch) == count and batch.rows == [s.row for s in samples]
+    assert isinstance(batch, Batch) and [s.row for s in batch.samples] == [s.row for s in samples]
     assert batch.pixel_values.shape == (count, 10, 3, 28, 28) and batch.fbank.shape == (count, 98, 16)
     assert batch.sam_pixels.shape == (count, 10, 3, 32, 32) and batch.mask_sizes == [(48, 64)] * count
     assert all(_same(a, b) for a, b in zip(samples, batch.samples, strict=True))
@@ -291,13 +291,13 @@ def test_loader(parts: Parts, workers: int) -> None:
     loader = build_loader(sources, MixtureSampler([4, 3], seed=2), batch_size=2, workers=workers, seed=0)
     batches = list(islice(loader, 7))
     assert all(isinstance(b, Batch) for b in batches)
-    rows = [row for b in batches for row in b.rows]
+    rows = [s.row for b in batches for s in b.samples]
     assert sorted(rows[:7]) == sorted(rows[7:]) == [0, 1, 2, 3, 5, 6, 7]
     expected = list(islice(MixtureSampler([4, 3], seed=2), 14))
     assert all(_same(s, sources[i]) for s, i in zip((s for b in batches for s in b.samples), expected, strict=True))
     finite = build_loader(_dataset(parts), range(4), batch_size=3, workers=workers, seed=0)
     for _ in range(2):  # persistent workers serve a second pass
-        assert [b.rows for b in finite] == [[0, 1, 2], [3]]
+        assert [[s.row for s in b.samples] for b in finite] == [[0, 1, 2], [3]]
 
 
 def test_a_worker_lost_while_it_hands_tensors_over_is_named(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:

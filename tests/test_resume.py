@@ -209,4 +209,4 @@ def test_other_settings_run(tiny: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert len(metrics(tmp_path / "run")) == 2
     names = load_file(tmp_path / "run" / "final" / "adapter_model.safetensors")
-    assert any("seg_row" in name for name in names) and all(value.numel() for value in names.values())
+    assert any("trainable_tokens" in name for name in names) and all(value.numel() for value in names.values())
