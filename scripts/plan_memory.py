@@ -23,14 +23,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from configs.schema import VOCABULARY, EngineConfig, RunConfig  # noqa: E402 - the root must be on the path first
+from configs.rules import VOCABULARY  # noqa: E402 - the root must be on the path first
+from configs.schema import EngineConfig, RunConfig  # noqa: E402
 from model.aurora.build import build_meta_model, sizes_of_base  # noqa: E402
 from model.aurora.model import AuroraModel  # noqa: E402
 from model.aurora.trained import trained_names  # noqa: E402
 from model.objectives.mask import loss_shape  # noqa: E402
 from model.objectives.policy import CHUNK  # noqa: E402
 from utils.config import load_config  # noqa: E402
-from utils.errors import ConfigError, run_command  # noqa: E402
+from utils.errors import ConfigError, Problem, run_command  # noqa: E402
 from utils.tables import format_table  # noqa: E402
 
 GB = 1e9
