@@ -263,8 +263,11 @@ def make_plan(config: RunConfig, machine: Machine) -> Plan:
     """Lay a run out on a machine.
 
     Raises:
-        ConfigError: SAM's type or size is wrong, or a pattern of `trainable` matches nothing.
+        ConfigError: SAM's type or size is wrong, SAM 2 is asked for, or a pattern of `trainable` matches nothing.
     """
+    if config.model.segmenter != "sam":
+        remedy = "plan the run with sam at the same size: its encoder needs more, its features a quarter"
+        raise ConfigError([Problem("model.segmenter", config.model.segmenter, "is not counted here", remedy)])
     bare = {"engine": EngineConfig(precision=config.engine.precision)}
     model = meta_model(config.model_copy(update=bare).model_dump_json())
     trained, e = [p.numel() for p in model.parameters() if p.requires_grad], model.backbone.dtype.itemsize
