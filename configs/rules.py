@@ -146,8 +146,6 @@ RULES: tuple[Rule, ...] = (
         c.model.sam_memory != "none" or c.model.sam_prompt != "alone" or c.model.sam_gate),
      "model.segmenter + model.sam_memory + model.sam_prompt + model.sam_gate", "SAM reads none of these",
      "set segmenter to sam2, or sam_memory to none, sam_prompt to alone and sam_gate to false"),
-    (lambda c: c.model.segmenter == "sam2" and c.engine.zero_stage == 3, "model.segmenter + engine.zero_stage",
-     "SAM 2 was not tried with partitioned weights", "set zero_stage to 2 or less"),
     # Masks that are not asked for by a written [SEG].
     (lambda c: c.model.text_encoder is not None and c.model.prompter != "text_encoder",
      "model.text_encoder + model.prompter", "the text encoder would be loaded and used for nothing",

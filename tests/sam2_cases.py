@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from transformers import Sam2VideoConfig, Sam2VideoModel
 
 from configs.schema import ModelConfig
 from model.segmenters.sam2 import Sam2Segmenter, build_sam2
+from tests.aurora_cases import three_clips
+from utils.types import Batch
 
 SIDE, WIDTH, GRID = 64, 128, 4
 
@@ -74,3 +77,15 @@ def settings(folder: Path, side: int = SIDE, **options: Any) -> ModelConfig:
 
 def load_sam2(folder: Path, side: int = SIDE, **options: Any) -> Sam2Segmenter:
     return build_sam2(settings(folder, side, **options))
+
+
+def clips() -> Batch:
+    """The three clips with frames for SAM 2; objects are squares that its frames show."""
+    batch = three_clips()
+    frames = torch.zeros(3, 2, 3, SIDE, SIDE)
+    for clip, masks in enumerate(batch.masks):
+        masks.zero_()
+        masks[:, 4:14, 5 + 5 * clip : 15 + 5 * clip] = True
+        frames[clip, :, :, 12:44, 10 + 10 * clip : 32 + 10 * clip] = 2.0
+    samples = [replace(s, sam_pixels=x, sam_size=(SIDE, SIDE)) for s, x in zip(batch.samples, frames, strict=True)]
+    return replace(batch, samples=samples, sam_pixels=frames)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import replace
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +29,12 @@ from model.backbones.videollama2.weights import load_backbone
 from model.stages import build_stage
 from scripts import check_weights
 from scripts.plan_memory import Machine, make_plan
-from tests.aurora_cases import BASE, SEG, VOCABULARY, StubTokenizer, run_config, stir, three_clips
-from tests.sam2_cases import SIDE, save_sam2, settings, tiny_segmenter2
-from tests.tiny_run import ROOT
+from tests.aurora_cases import BASE, SEG, VOCABULARY, StubTokenizer, run_config, stir
+from tests.sam2_cases import SIDE, clips, save_sam2, settings, tiny_segmenter2
+from tests.tiny_run import ROOT, environment
 from utils.config import load_config
 from utils.errors import ConfigError
 from utils.evaluation import evaluation_facts
-from utils.types import Batch
 
 TRAINED = TrainableConfig(lora_rank=2, lora_targets=(r"language_model.*q_proj",), full=(), lora_dropout=0.0)
 MEMORY = (r"sam\.memory_(attention|encoder)\.", r"sam\.object_pointer_proj\.")
@@ -44,18 +45,6 @@ def aurora(memory: str = "none", trainable: TrainableConfig | None = TRAINED, se
     if trainable is not None:
         apply_trainable(model, trainable)
     return model
-
-
-def clips() -> Batch:
-    """The three clips with frames for SAM 2; objects are squares that its frames show."""
-    batch = three_clips()
-    frames = torch.zeros(3, 2, 3, SIDE, SIDE)
-    for clip, masks in enumerate(batch.masks):
-        masks.zero_()
-        masks[:, 4:14, 5 + 5 * clip : 15 + 5 * clip] = True
-        frames[clip, :, :, 12:44, 10 + 10 * clip : 32 + 10 * clip] = 2.0
-    samples = [replace(s, sam_pixels=x, sam_size=(SIDE, SIDE)) for s, x in zip(batch.samples, frames, strict=True)]
-    return replace(batch, samples=samples, sam_pixels=frames)
 
 
 @pytest.mark.parametrize("memory", ["none", "first", "every"])
@@ -78,6 +67,25 @@ def test_a_stage_trains_it_and_the_loss_falls(memory: str) -> None:
     assert any("sam.memory_attention" in name for name in moved) == (memory != "none")
     assert "segmenter.sam.mask_decoder.mask_tokens.weight" in moved
     assert not any("conv_s" in name or "vision_encoder" in name or "prompt_encoder" in name for name in trained)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("zero_stage", "precision", "loss_error", "apart"),
+    [(2, "fp32", 1e-5, 2e-4), (3, "fp32", 2e-5, 1e-3), (2, "bf16", 2e-2, 1e-2)],
+)
+def test_the_engine_takes_the_steps_of_the_bare_model(
+    zero_stage: int, precision: str, loss_error: float, apart: float, tmp_path: Path
+) -> None:
+    """With memory, whose parameters belong to no module that ZeRO hooks; the light checkpoint holds what it trained."""
+    command = [sys.executable, "-m", "tests.engine_case", "teacher", str(zero_stage), precision, str(tmp_path), "every"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["engine"] == pytest.approx(found["bare"], rel=loss_error)
+    assert found["apart"] < apart and found["engine"][0] > found["engine"][-1]
 
 
 def test_what_no_gradient_reaches_is_refused() -> None:

@@ -368,9 +368,7 @@ def build_sam2(config: ModelConfig, weights: bool = True) -> Sam2Segmenter:
     sizes = _resized(_large() if not weights and not folder.exists() else _read_sizes(folder), side)
     options = config.sam_memory, config.sam_prompt, config.sam_gate
     if not weights:
-        sam = Sam2VideoModel(sizes)
-        sam.set_attn_implementation(config.attention)
-        return Sam2Segmenter(sam, *options)
+        return Sam2Segmenter(Sam2VideoModel(sizes), *options)
     try:
         sam, report = Sam2VideoModel.from_pretrained(
             folder, config=sizes, local_files_only=True, use_safetensors=True, dtype=torch.float32,
