@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import Sam2ImageProcessor
 
 from configs.schema import ModelConfig, TrainableConfig
@@ -26,9 +27,18 @@ from model.aurora.model import AuroraModel
 from model.aurora.trainable import apply_trainable
 from model.aurora.trained import load_trained, read_trained, save_trained
 from model.backbones.videollama2.weights import load_backbone
+from model.segmenters.sam2 import build_sam2
 from model.stages import build_stage
 from scripts import check_weights
-from scripts.plan_memory import Machine, make_plan
+from scripts.plan_memory import (
+    SAM2_FROZEN,
+    SAM2_MEMORY,
+    SAM2_TRAINED,
+    Machine,
+    decoder_saves,
+    make_plan,
+    meta_model,
+)
 from tests.aurora_cases import BASE, SEG, VOCABULARY, StubTokenizer, run_config, stir
 from tests.sam2_cases import SIDE, clips, save_sam2, settings, tiny_segmenter2
 from tests.tiny_run import ROOT, environment
@@ -217,6 +227,43 @@ def test_the_check_of_weights_reads_a_folder(tmp_path: Path, capsys: pytest.Capt
     assert "no_object_pointer: (1, 3), expected (1, 128)" in printed and "no_object_pointer holds NaN" in printed
 
 
-def test_the_memory_plan_says_that_it_does_not_count_sam_2() -> None:
-    with pytest.raises(ConfigError, match="model.segmenter = 'sam2': is not counted here"):
-        make_plan(load_config(ROOT / "configs" / "sam2" / "teacher.yaml"), Machine(2, 48_000_000_000))
+@pytest.mark.parametrize("memory", ["none", "every"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_plan_counts_what_a_frame_saves(memory: str, trained: bool) -> None:
+    """Of the released large model on the meta device, without attention matrices (fused kernels keep none)."""
+    half = torch.bfloat16
+    with torch.device("meta"):
+        segmenter = build_sam2(settings(Path("nowhere"), 512, sam_memory=memory), weights=False).to(half)
+        segmenter.requires_grad_(False).sam.mask_decoder.requires_grad_(trained)
+        track = segmenter.track(torch.zeros(1, 256, dtype=half, requires_grad=True), 10)
+        cells, track.seen = segmenter.grid**2, 9
+        if memory != "none":
+            track.memories = {t: torch.zeros(cells, 1, 64, dtype=half).requires_grad_() for t in (0, *range(3, 9))}
+            track.pointers = {t: torch.zeros(1, 256, dtype=half).requires_grad_() for t in range(9)}
+        images, row = torch.zeros(1, segmenter.feature_size, dtype=half), torch.zeros(1, dtype=torch.long)
+    known = {StorageWeakRef(x.untyped_storage()) for x in (*segmenter.parameters(), images)}
+    saved: dict[StorageWeakRef, int] = {}
+    alive: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        is_scores = x.dim() >= 3 and x.shape[-2] == cells and x.shape[-1] in (cells, 7 * cells + 36)
+        storage = StorageWeakRef(x.untyped_storage())
+        if storage not in known and not is_scores:
+            saved[storage] = x.untyped_storage().nbytes()
+            alive.append(x)
+        return x
+
+    with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        patch.setattr("model.segmenters.sam2.checkpoint", lambda run, *inputs, **_: run(*inputs))
+        segmenter.step(track, images, row)
+    counted = sum(saved.values()) / half.itemsize / (256 * cells)
+    planned = (SAM2_TRAINED if trained else SAM2_FROZEN) + SAM2_MEMORY * (memory != "none")
+    assert counted == pytest.approx(planned, rel=0.05)
+
+
+def test_a_run_is_planned_and_memory_costs_more() -> None:
+    """With memory a query holds about 9 times as much, and yet a tenth of what a clip without recomputation would."""
+    runs = [load_config(ROOT / "configs" / "sam2" / "grpo.yaml", [f"model.sam_memory={m}"]) for m in ("none", "every")]
+    assert all(make_plan(run, Machine(2, 48_000_000_000)).fits for run in runs)
+    none, every = (decoder_saves(meta_model(run.model_dump_json()), 10) for run in runs)
+    assert 5 * none < every < 10 * (SAM2_TRAINED + SAM2_MEMORY) * 256 * 64**2 / 9

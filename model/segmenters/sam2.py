@@ -46,7 +46,7 @@ LARGEST_STRIDE = 32
 ABSENT = -1024.0
 """Mask logits of an object that the score says is absent (Meta's sam2_base.py, NO_OBJ_SCORE)."""
 CHUNK_VALUES = 2**28
-"""Values of the widest activation that `encode` holds at once: 7 frames of Hiera-L at 1024 pixels."""
+"""Values of the widest activation that `Sam2Segmenter.encode` holds at once: 7 frames of Hiera-L at 1024 pixels."""
 LARGE: dict[str, Any] = {
     "model_type": "sam2_hiera_det_model", "hidden_size": 144, "embed_dim_per_stage": [144, 288, 576, 1152],
     "num_attention_heads_per_stage": [2, 4, 8, 16],
@@ -137,11 +137,15 @@ class Sam2Segmenter(Segmenter):
         return 4 * self.prompt_width * self.grid**2
 
     @property
+    def widest(self) -> int:
+        """Values of the widest activation of a frame in the encoder: inside the MLPs of its first stage."""
+        hiera = self.sam.config.vision_config.backbone_config
+        return (self.image_size // STRIDES[0]) ** 2 * int(hiera.embed_dim_per_stage[0] * hiera.mlp_ratio)
+
+    @property
     def frames_per_chunk(self) -> int:
         """Frames encoded at once."""
-        hiera = self.sam.config.vision_config.backbone_config
-        widest = (self.image_size // STRIDES[0]) ** 2 * int(hiera.embed_dim_per_stage[0] * hiera.mlp_ratio)
-        return max(1, CHUNK_VALUES // widest)
+        return max(1, CHUNK_VALUES // self.widest)
 
     def train(self, mode: bool = True) -> Sam2Segmenter:
         """As `nn.Module.train`, but SAM 2 stays in eval mode (no dropout)."""
