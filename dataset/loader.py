@@ -58,6 +58,7 @@ def build_processor(
         config.data.frame_resize,
         system_prompt=config.model.system_prompt,
         seg_token=config.model.seg_token,
+        segmenter=config.model.segmenter,
     )
 
 

@@ -27,6 +27,10 @@ PAD_GREY = 127
 """Colour of the square that frames are pasted on: int(0.5 * 255), upstream's expand2square."""
 
 FrameResize = Literal["warp", "pad"]
+SegmenterName = Literal["sam", "sam2"]
+SAM_RESIZE: dict[SegmenterName, FrameResize] = {"sam": "pad", "sam2": "warp"}
+"""How each segmenter's frames fill its square: SAM's long side, zeros behind it; SAM 2 stretches them
+(transformers, Sam2ImageProcessor). Mean and deviation are the same: those of ImageNet."""
 
 SETTINGS = "preprocessor_config.json"
 _calls = itertools.count()
@@ -61,6 +65,8 @@ class AuroraProcessor:
     """Name of the system turn (`dataset.prompt.SYSTEM_PROMPTS`), for calls of the processor."""
     seg_token: str = "[SEG]"
     """The segmentation token, a token of the tokenizer."""
+    segmenter: SegmenterName = "sam"
+    """Whose frames `sam_pixels` prepares."""
 
     sample_rate: ClassVar[int] = SAMPLE_RATE
 
@@ -80,6 +86,7 @@ class AuroraProcessor:
         path, known = Path(folder) / SETTINGS, _setting_names()
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
+            settings = {"segmenter": "sam"} | settings  # older exports do not name it
             values = {name: settings[name] for name in known} | changes
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: not readable ({error!r}). Remedy: export again (scripts/export.py).") from error
@@ -152,13 +159,16 @@ class AuroraProcessor:
     def sam_pixels(self, frames: np.ndarray) -> tuple[Tensor, tuple[int, int]]:
         """SAM's preprocessing: long side to Z with PIL bilinear, normalised, zeros at the bottom and right.
 
+        SAM 2's: stretched to the square with PIL bilinear, normalised.
+
         Args:
             frames: uint8 [T,H,W,3] RGB.
 
         Returns:
             float32 [T,3,Z,Z], and (height, width) inside it before padding.
         """
-        size = sam_inner_size(frames.shape[1], frames.shape[2], self.sam_size)
+        stretched = SAM_RESIZE[self.segmenter] == "warp"
+        size = (self.sam_size,) * 2 if stretched else sam_inner_size(*frames.shape[1:3], self.sam_size)
         pixels = _channels_first(_resize(frames, size, Image.Resampling.BILINEAR))
         pixels.sub_(torch.tensor(SAM_MEAN).view(3, 1, 1)).div_(torch.tensor(SAM_STD).view(3, 1, 1))
         if size == (self.sam_size, self.sam_size):

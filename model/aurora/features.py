@@ -104,7 +104,7 @@ def _read(path: Path) -> Tensor | None:
 
 def tower_fingerprint(model: nn.Module, tower: str) -> str:
     """16 hex digits that change with any weight between a tower's input and the kept feature, and with their type."""
-    before = {IMAGES: (f"segmenter.{model.segmenter.no_gradient[0]}",)}
+    before = {IMAGES: tuple(f"segmenter.{name}" for name in model.segmenter.encoders)}
     for t in model.backbone.towers:
         before[t.tower] = (f"backbone.{t.tower}",)
         before[t.projector] = (f"backbone.{t.tower}", f"backbone.{t.projector}")
