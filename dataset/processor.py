@@ -1,4 +1,4 @@
-"""Decoded media -> the inputs of the three towers: SigLIP pixels, SAM pixels, filter-bank energies."""
+"""Decoded media -> the inputs of the three towers: square frames, SAM's pixels, log-mel energies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dataset.collate import collate
-from dataset.fbank import SAMPLE_RATE, kaldi_fbank, layout_clips
+from dataset.fbank import SAMPLE_RATE, kaldi_fbank, layout_clips, whisper_log_mel
 from dataset.prompt import Prompts, SystemPrompt, load_tokenizer
 from utils.errors import DataError
 from utils.types import Batch, Sample
@@ -43,6 +43,7 @@ class AuroraProcessor:
         audio_padding_seconds: length to which the sound is padded with silence (30 as published); None = not padded.
         frame_resize: "warp" stretches frames to the square (as published); "pad" pastes them on a grey square first.
         audio_windows: one-second windows taken of the sound (10 as published); None = the whole sound.
+        frame_mean, frame_std, sound: as in `MediaFormat`; the defaults are VideoLLaMA2's.
         system_prompt: name of the system turn (`dataset.prompt.SYSTEM_PROMPTS`), for calls of the processor.
         seg_token: the segmentation token, a token of the tokenizer.
     """
@@ -60,6 +61,9 @@ class AuroraProcessor:
         audio_windows: int | None = 10,
         system_prompt: SystemPrompt = "llama2",
         seg_token: str = "[SEG]",
+        frame_mean: Sequence[float] = (0.5, 0.5, 0.5),
+        frame_std: Sequence[float] = (0.5, 0.5, 0.5),
+        sound: Literal["fbank", "log_mel"] = "fbank",
     ) -> None:
         if frame_resize not in ("warp", "pad"):
             raise ValueError(f"frame_resize = {frame_resize!r}: must be warp or pad. Remedy: set data.frame_resize.")
@@ -72,6 +76,7 @@ class AuroraProcessor:
         self.audio_windows = audio_windows
         self.system_prompt = system_prompt
         self.seg_token = seg_token
+        self.frame_mean, self.frame_std, self.sound = tuple(frame_mean), tuple(frame_std), sound
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **changes: Any) -> AuroraProcessor:
@@ -83,7 +88,9 @@ class AuroraProcessor:
         path = Path(folder) / SETTINGS
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
-            values = {name: settings[name] for name in _SAVED} | changes
+            # Folders that were written before there was a choice do not say how frames and sound are prepared.
+            asked = [name for name in _SAVED if name in settings or name not in _LATER]
+            values = {name: settings[name] for name in asked} | changes
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: not readable ({error!r}). Remedy: export again (scripts/export.py).") from error
         unknown = sorted(values.keys() - _SAVED)
@@ -139,7 +146,7 @@ class AuroraProcessor:
         )  # fmt: skip
 
     def vision_pixels(self, frames: np.ndarray) -> Tensor:
-        """SigLIP's preprocessing: PIL bicubic to P x P, then [-1, 1].
+        """The vision tower's preprocessing: PIL bicubic to P x P, then normalised.
 
         Args:
             frames: uint8 [T,H,W,3] RGB.
@@ -150,7 +157,8 @@ class AuroraProcessor:
         if self.frame_resize == "pad":
             frames = _on_square(frames)
         resized = _resize(frames, (self.vision_size, self.vision_size), Image.Resampling.BICUBIC)
-        return _channels_first(resized).div_(255.0).sub_(0.5).div_(0.5)
+        mean, std = (torch.tensor(x).view(3, 1, 1) for x in (self.frame_mean, self.frame_std))
+        return _channels_first(resized).div_(255.0).sub_(mean).div_(std)
 
     def sam_pixels(self, frames: np.ndarray) -> tuple[Tensor, tuple[int, int]]:
         """SAM's preprocessing: long side to Z with PIL bilinear, normalised, zeros at the bottom and right.
@@ -169,7 +177,7 @@ class AuroraProcessor:
         return torch.nn.functional.pad(pixels, (0, self.sam_size - size[1], 0, self.sam_size - size[0])), size
 
     def fbank(self, wave: np.ndarray) -> Tensor:
-        """Filter-bank energies of a sound: windows joined, silence appended, not normalised.
+        """Log-mel energies of a sound, as the audio tower reads them: windows joined, silence appended.
 
         Args:
             wave: float32 [samples], mono, at `sample_rate`.
@@ -185,13 +193,16 @@ class AuroraProcessor:
             sound = layout_clips(sound, self.audio_windows)
         padding = self.audio_padding_seconds
         samples = None if padding is None else round(padding * self.sample_rate)
+        if self.sound == "log_mel":
+            return whisper_log_mel(sound, self.mel_bins)
         return kaldi_fbank(sound, self.mel_bins, samples)
 
 
 _SAVED = {
     *("vision_size", "sam_size", "mel_bins", "audio_padding_seconds", "frame_resize", "audio_windows"),
-    *("system_prompt", "seg_token"),
+    *("system_prompt", "seg_token", "frame_mean", "frame_std", "sound"),
 }
+_LATER = {"frame_mean", "frame_std", "sound"}
 
 
 def sam_inner_size(height: int, width: int, side: int) -> tuple[int, int]:

@@ -83,8 +83,7 @@ def export(config: RunConfig, out: Path, kind: str, metrics: Sequence[Path] = ()
     tokenizer, seg_id = load_tokenizer(config.model.base, config.model.seg_token)
     model = build_model(config.model_copy(update={"stage": "eval"}), len(tokenizer), seg_id)
     save_pretrained(model, out, merge=kind == "merged")
-    sizes = model.backbone.config
-    build_processor(config, tokenizer, sizes.vision.image_size, sizes.beats.mel_bins).save_pretrained(out)
+    build_processor(config, tokenizer, model.backbone.media_format).save_pretrained(out)
     save_config(written_config(config, out, kind == "merged"), out)
     write_card(out, config, metrics)
 
