@@ -41,10 +41,11 @@ def build_processor(
     problems = []
     if side % step if step else side != media.frame_size:
         rule = f"this base takes frames of {f'any multiple of {step}' if step else media.frame_size} pixels"
-        problems.append(Problem("data.frame_size", side, rule, f"set it to null ({media.frame_size}) or to such a size"))
-    if media.sound == "log_mel" and config.data.audio_padding_seconds is not None:
+        problems.append(Problem("data.frame_size", side, rule, f"set it to null ({media.frame_size}) or such a size"))
+    padding = config.data.audio_padding_seconds
+    if media.sound == "log_mel" and padding is not None:
         rule = "this base places frames in time by the length of the sound, which silence behind it would stretch"
-        problems.append(Problem("data.audio_padding_seconds", config.data.audio_padding_seconds, rule, "set it to null"))
+        problems.append(Problem("data.audio_padding_seconds", padding, rule, "set it to null"))
     if problems:
         raise ConfigError(problems)
     return AuroraProcessor(

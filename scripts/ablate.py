@@ -38,9 +38,9 @@ sys.path.insert(0, str(ROOT))
 from configs.schema import RunConfig  # noqa: E402 - the project's root must be on the path first
 from utils.config import check_paths, load_config  # noqa: E402
 from utils.errors import AuroraError, ConfigError, plain  # noqa: E402
+from utils.files import write_bytes, write_json  # noqa: E402
 from utils.pipeline import StepError, locked  # noqa: E402
 from utils.report.ablations import Table, document, outcome, write_table  # noqa: E402
-from utils.results import write_bytes, write_json  # noqa: E402
 from utils.tables import format_table  # noqa: E402
 
 DECLARED = "configs/ablations.yaml"

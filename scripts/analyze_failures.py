@@ -20,7 +20,7 @@ from dataset.annotate.failures import failure_requests, read_failures  # noqa: E
 from dataset.annotate.prompts import read_template  # noqa: E402
 from dataset.annotate.taxonomy import type_gate, write_table  # noqa: E402
 from dataset.refavs import RefAvsIndex  # noqa: E402
-from utils.errors import AuroraError  # noqa: E402
+from utils.errors import run_command  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,17 +32,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.set_defaults(mistakes=0.0)
     options = parser.parse_args(arguments)
     check_options(parser, options)
-    try:
-        failures = read_failures(options.failures)[: options.limit]
-        template = read_template("classify", options.template)
-        requests = failure_requests(RefAvsIndex(options.data), failures, template)
-        status = annotate(options, requests, type_gate, template, "classify")
-        if options.out.is_file():
-            print(write_table(options.out, {f.row: (f.kind, f.target) for f in failures}))
-        return status
-    except AuroraError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+    return run_command(lambda: classify(options))
+
+
+def classify(options: argparse.Namespace) -> int:
+    """Ask for the types and print their table; returns the exit status."""
+    failures = read_failures(options.failures)[: options.limit]
+    template = read_template("classify", options.template)
+    requests = failure_requests(RefAvsIndex(options.data), failures, template)
+    status = annotate(options, requests, type_gate, template, "classify")
+    if options.out.is_file():
+        print(write_table(options.out, {f.row: (f.kind, f.target) for f in failures}))
+    return status
 
 
 if __name__ == "__main__":

@@ -33,11 +33,13 @@ from scripts.dev.random_run import infer, random_batch, random_model, train  # n
 from scripts.plan_memory import GB, Machine, Workload, make_plan  # noqa: E402
 from utils import distributed  # noqa: E402
 from utils.config import load_config  # noqa: E402
-from utils.results import write_bytes, write_json  # noqa: E402
+from utils.files import write_json, write_text  # noqa: E402
 
 STAGES = ("teacher", "sft", "reflective", "grpo", "eval")
 DOCUMENT, RESULT = ROOT / "docs/benchmarks.md", ROOT / "runs/bench/gpu.json"
 MARKS = ("<!-- measured: written by scripts/bench_gpu.py -->", "<!-- end of measured -->")
+TINY = ("engine.micro_batch=1", "model.decode_frames_per_step=null", "data.feature_cache=none", "engine.threads=1",
+        "grpo.max_new_tokens=4", "eval.max_new_tokens=4", "eval.batch_size=1")  # fmt: skip
 TOLERANCE = 0.15
 """Share by which the plan may miss the measurement."""
 
@@ -53,20 +55,11 @@ class Case:
     steps: int
     tiny: bool = False
 
-    @property
-    def name(self) -> str:
-        return f"{self.stage}, {self.attention}, SAM {self.sam_image_size}, {self.gpus} GPU"
-
     def config(self, folder: Path) -> RunConfig:
         """The shipped configuration of the stage, with what the case changes; `folder` gets the teacher."""
         path = ROOT / "configs" / ("mini" if self.tiny else "") / f"{self.stage}.yaml"
         overrides = [f"model.attention={self.attention}", f"output_dir={folder}", "log.samples_every=0"]
-        if self.tiny:
-            overrides += ["engine.micro_batch=1", "model.decode_frames_per_step=null", "data.feature_cache=none",
-                          "engine.threads=1", "grpo.max_new_tokens=4", "eval.max_new_tokens=4",
-                          "eval.batch_size=1"]  # fmt: skip
-        else:
-            overrides.append(f"model.sam_image_size={self.sam_image_size}")
+        overrides += TINY if self.tiny else [f"model.sam_image_size={self.sam_image_size}"]
         if self.stage == "sft":
             overrides.append(f"sft.teacher_checkpoint={folder / 'teacher'}")
         return load_config(path, overrides)
@@ -87,18 +80,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(run_case(Case(**json.loads(options.case)))))
         return 0
     if not options.tiny and not torch.cuda.is_available():
-        print(
-            "no CUDA GPU on this machine: nothing is measured and nothing written. The plan of every stage stands in "
-            "docs/memory.md; run this command where the GPUs are (--tiny tries the code on a CPU).",
-            file=sys.stderr,
-        )
+        print("no CUDA GPU on this machine: nothing is measured and nothing written. The plan of every stage stands in "
+              "docs/memory.md; run this command where the GPUs are (--tiny tries the code on a CPU).",
+              file=sys.stderr)  # fmt: skip
         return 1
-    rows = [outcome for case in cases(options) for outcome in [launch(case)]]
+    rows = [launch(case) for case in cases(options)]
     print(table(rows))
-    if options.tiny:
-        return 1 if any("error" in row for row in rows) else 0
-    write(rows, machine())
-    print(f"written: {RESULT.relative_to(ROOT)}, {DOCUMENT.relative_to(ROOT)}")
+    if not options.tiny:
+        write(rows, machine())
+        print(f"written: {RESULT.relative_to(ROOT)}, {DOCUMENT.relative_to(ROOT)}")
     return 1 if any("error" in row for row in rows) else 0
 
 
@@ -121,7 +111,7 @@ def launch(case: Case) -> dict[str, Any]:
     command = [sys.executable]
     if case.gpus > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.gpus}"]
-    print(f"== {case.name}", file=sys.stderr, flush=True)
+    print(f"== {case}", file=sys.stderr, flush=True)
     done = subprocess.run(
         [*command, str(Path(__file__).resolve()), "--case", json.dumps(asdict(case))],
         cwd=ROOT, capture_output=True, text=True, check=False,
@@ -181,13 +171,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def write(rows: Sequence[dict[str, Any]], facts: dict[str, str]) -> None:
     """The JSON, and the table between the marks of the document."""
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
     write_json(RESULT, {"machine": facts, "rows": list(rows)})
     named = ", ".join(f"{name} {value}" for name, value in facts.items())
     before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    text = f"{before}{MARKS[0]}\n\nMeasured on {named}.\n\n{table(rows)}\n\n{MARKS[1]}{after}"
-    write_bytes(DOCUMENT, text.encode())
+    after = rest.partition(MARKS[1])[2]
+    write_text(DOCUMENT, f"{before}{MARKS[0]}\n\nMeasured on {named}.\n\n{table(rows)}\n\n{MARKS[1]}{after}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dataset.cot import numbered_lines  # noqa: E402 - the project's root must b
 from dataset.refavs import RefAvsIndex  # noqa: E402
 from dataset.reflective import ReflectivePath, build_path, write_reflective  # noqa: E402
 from dataset.reflective_import import import_reflective  # noqa: E402
-from utils.errors import AuroraError, DataError  # noqa: E402
+from utils.errors import DataError, run_command  # noqa: E402
 
 SHOWN = 10
 """Rows named for each reason."""
@@ -36,15 +36,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.import_published and not options.data:
         parser.error("--import-published joins the texts with metadata rows: give --data too")
-    try:
-        paths = imported(options) if options.import_published else corrected(options)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_reflective(options.out, paths)
-    except AuroraError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+    return run_command(lambda: build(options))
+
+
+def build(options: argparse.Namespace) -> None:
+    """Write what was asked for."""
+    paths = imported(options) if options.import_published else corrected(options)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write_reflective(options.out, paths)
     print(f"{len(paths)} reflective paths: {options.out}")
-    return 0
 
 
 def imported(options: argparse.Namespace) -> list[ReflectivePath]:

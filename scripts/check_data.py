@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs.schema import DataConfig  # noqa: E402 - the project's root must be on the path first
 from dataset.doctor import ERROR, KINDS, NOTE, WARNING, Report, check_reasoning, check_table  # noqa: E402
 from dataset.refavs import Split  # noqa: E402
-from utils.errors import AuroraError  # noqa: E402
+from utils.errors import run_command  # noqa: E402
+from utils.files import write_json  # noqa: E402
 from utils.progress import counted  # noqa: E402
-from utils.results import write_json  # noqa: E402
 from utils.tables import format_table  # noqa: E402
 
 SHOWN = 20
@@ -45,13 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-audio-seconds", type=float, default=defaults.max_audio_seconds)
     parser.add_argument("--all", action="store_true", help="print every finding, not only the first ones")
     options = parser.parse_args(arguments)
-    try:
-        report = examine(options)
-        if options.json is not None:
-            write_json(options.json, report.to_json())
-    except (AuroraError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    return run_command(lambda: check(options), failed=2)
+
+
+def check(options: argparse.Namespace) -> int:
+    """Print what was found; returns 1 where something is wrong."""
+    report = examine(options)
+    if options.json is not None:
+        write_json(options.json, report.to_json())
     show(report, everything=options.all)
     return 1 if report.of(ERROR) else 0
 

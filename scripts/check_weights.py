@@ -15,8 +15,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
@@ -26,21 +25,23 @@ import torch  # noqa: E402 - the project's root must be on the path first
 from torch import Tensor  # noqa: E402
 
 from dataset.prompt import load_tokenizer  # noqa: E402
-from model.backbones.videollama2.config import RELEASED, VideoLlama2Config  # noqa: E402
-from model.backbones.videollama2.names import (  # noqa: E402
+from model.aurora.build import backbone_kind  # noqa: E402
+from model.backbones.videollama2.config import RELEASED  # noqa: E402
+from model.backbones.videollama2.weights import (  # noqa: E402
     COMPONENTS,
     TABLE,
+    Checkpoint,
     KeyCheck,
     check_keys,
+    component,
+    expected_keys,
     from_released,
     moved_component,
     released_keys,
 )
-from model.backbones.videollama2.shards import Checkpoint  # noqa: E402
-from model.backbones.videollama2.weights import expected_keys  # noqa: E402
-from model.segmenters.sam import SAM_SIZES, build_segmenter  # noqa: E402
-from model.segmenters.sam_weights import (  # noqa: E402
+from model.segmenters.sam import (  # noqa: E402
     POSITION_TABLE,
+    build_segmenter,
     position_tables,
     read_sam_file,
     recognise,
@@ -52,20 +53,6 @@ from utils.tables import format_table  # noqa: E402
 STATUSES = ("loaded", "tolerated", "missing", "unexpected", "shape")
 SHOWN = 40
 """Lines of one list that are printed without --all."""
-
-
-@dataclass
-class Findings:
-    """What is printed, and what is wrong."""
-
-    problems: list[str] = field(default_factory=list)
-
-    def say(self, text: str) -> None:
-        print(text, flush=True)
-
-    def blame(self, text: str) -> None:
-        self.problems.append(text)
-        print(f"PROBLEM {text}", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,129 +68,116 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not (options.model or options.sam or options.meta):
         parser.error("give --model, --sam or --meta")
-    began, found = time.monotonic(), Findings()
-    for check in (check_model, check_tokenizer, check_sam):
+    began, problems = time.monotonic(), []
+    checks = [check_released] if options.meta and not options.model else []
+    checks += [check_model] if options.model else []
+    checks += [check_tokenizer] if options.model and not options.meta else []
+    checks += [check_sam] if options.sam else []
+    for check in checks:
         try:
-            check(options, found)
+            found = check(options)
         except AuroraError as error:
-            found.blame(str(error))
+            found = [str(error)]
+        print("".join(f"PROBLEM {problem}\n" for problem in found), end="", flush=True)
+        problems += found
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
-    verdict = f"{len(found.problems)} problem(s)" if found.problems else "everything fits"
-    found.say(f"{verdict}; {time.monotonic() - began:.1f} s, {peak:.2f} GiB of memory at most")
-    return 1 if found.problems else 0
+    verdict = f"{len(problems)} problem(s)" if problems else "everything fits"
+    print(f"{verdict}; {time.monotonic() - began:.1f} s, {peak:.2f} GiB of memory at most")
+    return 1 if problems else 0
 
 
-def check_model(options: argparse.Namespace, found: Findings) -> None:
-    """Keys of the multimodal language model, then its values."""
-    if options.model is None:
-        if options.meta:
-            checks = check_keys(released_keys(), expected_keys(RELEASED))
-            report_keys("the 7B model as built here against the released list", checks, options.all, found)
-        return
-    expected = expected_keys(VideoLlama2Config.from_folder(options.model))
-    with Checkpoint(options.model) as checkpoint:
-        checks = check_keys(checkpoint.shapes, expected)
-        report_keys(f"{options.model} ({len(checkpoint.files)} file(s))", checks, options.all, found)
-        if not options.meta:
-            check_values(checkpoint, found)
+def check_released(options: argparse.Namespace) -> list[str]:
+    """The 7B model against the list of released keys. Like every check, it prints tables and returns the problems."""
+    checks = check_keys(released_keys(), expected_keys(RELEASED))
+    return key_problems("the 7B model as built here against the released list", checks, options.all)
 
 
-def report_keys(title: str, checks: list[KeyCheck], everything: bool, found: Findings) -> None:
-    """The table by component, then the keys that are not simply loaded."""
-    rows = []
-    for part in sorted(COMPONENTS.values()):
-        own = [check for check in checks if check.component == part]
-        counts = Counter(check.status for check in own)
-        values = sum(prod(check.expected) for check in own if check.expected is not None)
-        rows.append([part, *[counts[status] for status in STATUSES], f"{values:,}"])
-    totals = Counter(check.status for check in checks)
-    values = sum(prod(check.expected) for check in checks if check.expected is not None)
-    rows.append(["all", *[totals[status] for status in STATUSES], f"{values:,}"])
-    found.say(f"{title}\n{format_table(['component', *STATUSES, 'values'], rows)}")
-    for hint in moved_component(checks):
-        found.blame(hint)
-    listed = [check for check in checks if everything or check.status != "loaded"]
-    for check in listed if everything else listed[:SHOWN]:
-        found.say(f"  {check}")
-    if len(listed) > SHOWN and not everything:
-        found.say(f"  ... and {len(listed) - SHOWN} more (--all prints them)")
-    faults = sum(check.is_fault for check in checks)
-    if faults:
-        found.blame(f"{faults} of {len(checks)} keys do not fit")
-
-
-def check_values(checkpoint: Checkpoint, found: Findings) -> None:
-    """Read each tensor once: no NaN, no infinity, one position table."""
+def check_model(options: argparse.Namespace) -> list[str]:
+    """Keys of a folder; then every tensor once: no NaN, no infinity, one position table."""
+    checkpoint, kind = Checkpoint(options.model), backbone_kind(str(options.model))
+    checks = kind.check(kind.read_sizes(options.model), options.model)
+    problems = key_problems(f"{options.model} ({len(checkpoint.files)} file(s))", checks, options.all)
+    if options.meta:
+        return problems
     types: Counter[str] = Counter()
     table: Tensor | None = None
     for name in checkpoint:
         tensor = checkpoint.get(name)
         types[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
-        if not bool(torch.isfinite(tensor).all()):
-            found.blame(f"{name} holds NaN or infinity")
+        problems += value_problems(name, tensor)
         if from_released(name) == TABLE:
             if table is not None and not torch.equal(table, tensor):
-                found.blame(f"{name} differs from the copy under another layer; the position table must be shared")
+                problems.append(f"{name} differs from the copy under another layer; the position table must be shared")
             table = tensor
-    found.say("stored types: " + ", ".join(f"{kind} {count:,} values" for kind, count in types.items()))
+    print("stored types: " + ", ".join(f"{kind} {count:,} values" for kind, count in types.items()))
     if types["float16"]:
-        found.say("  float16 on disk is fine; run it in bf16, its activations overflow in float16 (docs/weights.md)")
+        print("  float16 on disk is fine; run it in bf16, its activations overflow in float16 (docs/weights.md)")
+    return problems
 
 
-def check_tokenizer(options: argparse.Namespace, found: Findings) -> None:
+def key_problems(title: str, checks: Sequence[KeyCheck], everything: bool) -> list[str]:
+    """Print the table by component and the keys that are not simply loaded."""
+    rows = []
+    for part in [*sorted(set(COMPONENTS.values())), "all"]:
+        own = [check for check in checks if part in ("all", component(check.name))]
+        counts = Counter(check.status for check in own)
+        values = sum(prod(check.expected) for check in own if check.expected is not None)
+        rows.append([part, *[counts[status] for status in STATUSES], f"{values:,}"])
+    print(f"{title}\n{format_table(['component', *STATUSES, 'values'], rows)}")
+    print_list([check for check in checks if everything or check.status != "loaded"], everything)
+    faults = sum(check.is_fault for check in checks)
+    return moved_component(checks) + [f"{faults} of {len(checks)} keys do not fit"] * (faults > 0)
+
+
+def value_problems(name: str, tensor: Tensor) -> list[str]:
+    """Whether a tensor is finite."""
+    return [] if bool(torch.isfinite(tensor).all()) else [f"{name} holds NaN or infinity"]
+
+
+def print_list(lines: Sequence[object], everything: bool) -> None:
+    """One line each, the first SHOWN unless everything is wanted."""
+    for line in lines if everything else lines[:SHOWN]:
+        print(f"  {line}")
+    if len(lines) > SHOWN and not everything:
+        print(f"  ... and {len(lines) - SHOWN} more (--all prints them)")
+
+
+def check_tokenizer(options: argparse.Namespace) -> list[str]:
     """Control tokens, and a row of the matrices for [SEG]."""
-    if options.model is None or options.meta:
-        return
     tokenizer, seg_id = load_tokenizer(options.model, options.seg_token)
-    rows = VideoLlama2Config.from_folder(options.model).language.vocab_size
-    found.say(f"tokenizer: {len(tokenizer)} tokens with {options.seg_token} = {seg_id}; the matrices have {rows} rows")
-    if len(tokenizer) > rows:
-        found.blame(f"no spare row for {options.seg_token}: {rows} rows, {len(tokenizer)} tokens")
+    rows = backbone_kind(str(options.model)).read_sizes(options.model).language.vocab_size
+    print(f"tokenizer: {len(tokenizer)} tokens with {options.seg_token} = {seg_id}; the matrices have {rows} rows")
+    crowded = f"no spare row for {options.seg_token}: {rows} rows, {len(tokenizer)} tokens"
+    return [crowded] if len(tokenizer) > rows else []
 
 
-def check_sam(options: argparse.Namespace, found: Findings) -> None:
-    """Keys of SAM, the tables that would be resampled, and its values."""
-    if options.sam is None:
-        return
+def check_sam(options: argparse.Namespace) -> list[str]:
+    """Keys of SAM's three parts, the tables that would be resampled, and its values."""
     state = read_sam_file(options.sam)
-    kind = options.sam_type or recognise(state, SAM_SIZES)
+    kind = options.sam_type or recognise(state)
     if kind is None:
-        found.blame(f"{options.sam}: no released SAM has these sizes; give --sam-type")
-        return
+        return [f"{options.sam}: no released SAM has these sizes; give --sam-type"]
     with torch.device("meta"):
         segmenter = build_segmenter(kind, options.sam_image_size)
     expected = segmenter.sam.state_dict()
-    problems = sam_problems(state, expected, segmenter.sizes)
-    report_sam(f"{options.sam} as {kind} at {options.sam_image_size} pixels", state, expected, segmenter.sizes, found)
-    for problem in problems if options.all else problems[:SHOWN]:
-        found.say(f"  {problem}")
-    if problems:
-        guess = recognise(state, SAM_SIZES)
-        found.blame(f"{len(problems)} keys do not fit {kind}" + (f"; the file holds {guess}" if guess else ""))
-    if not options.meta:
-        for name, tensor in state.items():
-            if not bool(torch.isfinite(tensor).all()):
-                found.blame(f"{name} holds NaN or infinity")
-
-
-def report_sam(
-    title: str, state: Mapping[str, Tensor], expected: Mapping[str, Tensor], sizes: object, found: Findings
-) -> None:
-    """The table of SAM's three parts and the resampled tables."""
     rows = []
     for part in ("image_encoder", "prompt_encoder", "mask_decoder"):
-        names = {key for key in (*state, *expected) if key.startswith(part)}
-        both = sum(key in state and key in expected for key in names)
-        values = sum(expected[key].numel() for key in names if key in expected)
-        lacking, extra = (sum(key not in side for key in names) for side in (state, expected))
-        rows.append([part, both, lacking, extra, f"{values:,}"])
-    found.say(f"{title}\n{format_table(['part', 'stored', 'missing', 'unexpected', 'values'], rows)}")
-    tables = position_tables(sizes.global_blocks)
-    moved = sorted(k for k in tables if k in state and k in expected and state[k].shape != expected[k].shape)
+        have, need = ({key for key in keys if key.startswith(part)} for keys in (state, expected))
+        values = sum(expected[key].numel() for key in need)
+        rows.append([part, len(have & need), len(need - have), len(have - need), f"{values:,}"])
+    print(f"{options.sam} as {kind} at {options.sam_image_size} pixels")
+    print(format_table(["part", "stored", "missing", "unexpected", "values"], rows))
+    tables = position_tables(segmenter.sizes.global_blocks) & state.keys() & expected.keys()
+    moved = [name for name in tables if state[name].shape != expected[name].shape]
     if moved:
-        before, after = state.get(POSITION_TABLE), expected[POSITION_TABLE]
-        grids = "" if before is None else f": grid {tuple(before.shape[1:3])} -> {tuple(after.shape[1:3])}, bicubic"
-        found.say(f"  {len(moved)} position tables are resampled{grids}")
+        grids = [tuple(x[POSITION_TABLE].shape[1:3]) for x in (state, expected) if POSITION_TABLE in x]
+        print(f"  {len(moved)} position tables are resampled: grid {' -> '.join(map(str, grids))}, bicubic")
+    problems = sam_problems(state, segmenter)
+    print_list(problems, options.all)
+    guess = recognise(state)
+    found = [f"{len(problems)} keys do not fit {kind}" + (f"; the file holds {guess}" if guess else "")]
+    values = [] if options.meta else [problem for item in state.items() for problem in value_problems(*item)]
+    return found * (len(problems) > 0) + values
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from dataset.annotate.engine import add_options, annotate, check_options  # noqa
 from dataset.annotate.failures import failure_requests, read_failures  # noqa: E402
 from dataset.annotate.prompts import read_template  # noqa: E402
 from dataset.refavs import RefAvsIndex  # noqa: E402
-from utils.errors import AuroraError  # noqa: E402
+from utils.errors import run_command  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,15 +35,16 @@ def main(arguments: list[str] | None = None) -> int:
     add_options(parser, "gemini", expected_out=600)
     options = parser.parse_args(arguments)
     check_options(parser, options)
-    try:
-        template = read_template("correct", options.template)
-        failures = read_failures(options.failures)[: options.limit]
-        requests = failure_requests(RefAvsIndex(options.data), failures, template)
-        gate = correction_gate(options.max_ratio)
-        return annotate(options, requests, gate, template, "correct", max_ratio=options.max_ratio)
-    except AuroraError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+    return run_command(lambda: correct(options))
+
+
+def correct(options: argparse.Namespace) -> int:
+    """Ask for the corrections; returns the exit status."""
+    template = read_template("correct", options.template)
+    failures = read_failures(options.failures)[: options.limit]
+    requests = failure_requests(RefAvsIndex(options.data), failures, template)
+    gate = correction_gate(options.max_ratio)
+    return annotate(options, requests, gate, template, "correct", max_ratio=options.max_ratio)
 
 
 if __name__ == "__main__":

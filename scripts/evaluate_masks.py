@@ -35,10 +35,10 @@ from dataset.media import read_frames  # noqa: E402
 from dataset.predictions import Kind, PredictionFolder, read_prediction  # noqa: E402
 from dataset.refavs import Row  # noqa: E402
 from dataset.truth import ClipIndex, read_truth  # noqa: E402
-from utils.errors import AuroraError, DataError, plain  # noqa: E402
+from utils.errors import DataError, run_command  # noqa: E402
+from utils.files import write_json  # noqa: E402
 from utils.metrics import PROTOCOLS  # noqa: E402
 from utils.paper import TABLE_1, TABLE_6  # noqa: E402
-from utils.results import write_json  # noqa: E402
 from utils.scoring import EMPTY_LOGIT, RowResult, row_pieces, score_split  # noqa: E402
 from utils.tables import Cell, format_table  # noqa: E402
 
@@ -108,13 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=0, help="processes that read and score (default: this one)")
     parser.add_argument("--json", type=Path, help="also write all scores to this file")
     options = parser.parse_args(arguments)
-    try:
-        scores = evaluate(options)
-    except AuroraError as error:
-        print(f"error: {plain(error)}", file=sys.stderr, flush=True)
-        return 1
-    print(comparison(scores, options.split, options.protocol))
-    return 0
+    return run_command(lambda: print(comparison(evaluate(options), options.split, options.protocol)))
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from dataset.annotate.gates import reasoning_gate  # noqa: E402
 from dataset.annotate.prompts import WRITER_FRAMES, fill, read_template  # noqa: E402
 from dataset.cot import import_published, write_cot  # noqa: E402
 from dataset.refavs import RefAvsIndex, Split  # noqa: E402
-from utils.errors import AuroraError, DataError  # noqa: E402
+from utils.errors import DataError, run_command  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,25 +37,26 @@ def main(arguments: list[str] | None = None) -> int:
     add_options(parser, "mini", expected_out=200)
     options = parser.parse_args(arguments)
     check_options(parser, options)
-    try:
-        index = RefAvsIndex(options.data)
-        if options.import_published is not None:
-            return convert(options, index)
-        template = read_template(f"cot_{options.style}", options.template)
-        requests = [
-            Request(
-                row,
-                fill(template, reference=row.reference, target=row.class_name),
-                choose_frames(index, row.clip, WRITER_FRAMES),
-                index.audio_path(row.clip),
-            )
-            for row in index.rows(options.split)[: options.limit]
-        ]
-        own = {"style": options.style, "split": options.split}
-        return annotate(options, requests, reasoning_gate(options.style), template, "write", **own)
-    except AuroraError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+    return run_command(lambda: write(options))
+
+
+def write(options: argparse.Namespace) -> int:
+    """Ask for the paths, or convert the published ones; returns the exit status."""
+    index = RefAvsIndex(options.data)
+    if options.import_published is not None:
+        return convert(options, index)
+    template = read_template(f"cot_{options.style}", options.template)
+    requests = [
+        Request(
+            row,
+            fill(template, reference=row.reference, target=row.class_name),
+            choose_frames(index, row.clip, WRITER_FRAMES),
+            index.audio_path(row.clip),
+        )
+        for row in index.rows(options.split)[: options.limit]
+    ]
+    own = {"style": options.style, "split": options.split}
+    return annotate(options, requests, reasoning_gate(options.style), template, "write", **own)
 
 
 def convert(options: argparse.Namespace, index: RefAvsIndex) -> int:

@@ -30,7 +30,7 @@ from model.aurora.trained import trained_names  # noqa: E402
 from model.objectives.mask import loss_shape  # noqa: E402
 from model.objectives.policy import CHUNK  # noqa: E402
 from utils.config import load_config  # noqa: E402
-from utils.errors import AuroraError, ConfigError  # noqa: E402
+from utils.errors import ConfigError, run_command  # noqa: E402
 from utils.tables import format_table  # noqa: E402
 
 GB = 1e9
@@ -140,28 +140,26 @@ def engine_states(trained: Sequence[int], values: int, e: int, gpus: int, engine
         gpus: processes.
         engine: ZeRO stage, accumulation and offload.
     """
-    total, zero, weights = sum(trained), engine.zero_stage, values * e
-    gradients, optimiser, buffers, step, cpu = total * e, 0, 0, 0, 0
-    if total and zero == 0:
+    total, zero, stays = sum(trained), engine.zero_stage, {"weights": values * e, "buffers": 0, "step": 0, "cpu": 0}
+    if not total:
+        return stays | {"gradients": 0, "optimiser": 0}
+    if zero == 0:
         master = 4 if e == 2 else 0
-        optimiser, step = (master + 8) * total, (master + 4) * total
-    elif total:
-        share = 2 * -(-total // (2 * gpus))  # padded, so that each share begins at an even value
-        touched = [0] * gpus
-        for size, end in zip(trained, itertools.accumulate(trained), strict=True):
-            for rank in range((end - size) // share, (end - 1) // share + 1):
-                touched[rank] += size
-        own, copy = max(touched) * e, min(total, max(REDUCE_BUCKET, *trained)) * e
-        if zero == 3:
-            share = sum(-(-size // gpus) for size in trained)  # each parameter is cut and padded by itself
-            weights, copy = -(-values // gpus) * e + min(values, ZERO3_LIVE) * e, min(total, REDUCE_BUCKET) * e
-        gradients = {1: gradients + own, 2: own * (2 if engine.accumulation > 1 else 1), 3: share * e}[zero]
-        buffers = (2 if zero == 2 else 1) * REDUCE_BUCKET * e + copy
-        optimiser, step = 12 * share, (8 + e * (zero == 2)) * share
-        if engine.offload:
-            gradients, optimiser, step, cpu = max(trained) * e, 0, 0, (16 + e) * share
-    return {"weights": weights, "gradients": gradients, "optimiser": optimiser,
-            "buffers": buffers, "step": step, "cpu": cpu}  # fmt: skip
+        return stays | {"gradients": total * e, "optimiser": (master + 8) * total, "step": (master + 4) * total}
+    share = 2 * -(-total // (2 * gpus))  # padded, so that each share begins at an even value
+    touched = [0] * gpus
+    for size, end in zip(trained, itertools.accumulate(trained), strict=True):
+        for rank in range((end - size) // share, (end - 1) // share + 1):
+            touched[rank] += size
+    own, copy = max(touched) * e, min(total, max(REDUCE_BUCKET, *trained)) * e
+    if zero == 3:
+        share = sum(-(-size // gpus) for size in trained)  # each parameter is cut and padded by itself
+        stays["weights"], copy = (-(-values // gpus) + min(values, ZERO3_LIVE)) * e, min(total, REDUCE_BUCKET) * e
+    stays["buffers"] = (2 if zero == 2 else 1) * REDUCE_BUCKET * e + copy
+    if engine.offload:
+        return stays | {"gradients": max(trained) * e, "optimiser": 0, "cpu": (16 + e) * share}
+    gradients = {1: total * e + own, 2: own * (2 if engine.accumulation > 1 else 1), 3: share * e}[zero]
+    return stays | {"gradients": gradients, "optimiser": 12 * share, "step": (8 + e * (zero == 2)) * share}
 
 
 def moments(config: RunConfig, model: AuroraModel, work: Workload) -> dict[str, dict[str, int]]:
@@ -172,7 +170,10 @@ def moments(config: RunConfig, model: AuroraModel, work: Workload) -> dict[str, 
     sizes, e, clips, group = model.backbone.config, model.backbone.dtype.itemsize, work.clips, work.group
     words, width, mlp = sizes.language.vocab_size, sizes.language.hidden_size, sizes.language.intermediate_size
     layers, kv_width = sizes.language.num_hidden_layers, width * sizes.language.num_key_value_heads
-    prompt = sizes.video_tokens(work.frames) + sizes.audio_tokens(fbank_frames(work.audio_seconds)) + work.prompt_tokens
+    # Some backbones take frames of several sizes; the others have one.
+    side = [config.data.frame_size] if config.data.frame_size and model.backbone.media_format.frame_step else []
+    video = sizes.video_tokens(work.frames, *side)
+    prompt = video + sizes.audio_tokens(fbank_frames(work.audio_seconds)) + work.prompt_tokens
     tokens, own = clips * (prompt + group * work.answer_tokens), clips * group * work.answer_tokens
 
     def unsaved(count: int) -> int:  # a layer without gradient: gate, SiLU, up; norm, queries, keys, values, output
@@ -215,13 +216,11 @@ def tower_peak(config: RunConfig, model: AuroraModel, work: Workload) -> dict[st
     """The highest of the frozen towers and its bytes; what stays of all of them is small beside that."""
     sizes, sam, frames = model.backbone.config, model.segmenter, work.clips * work.frames
     e = model.backbone.dtype.itemsize
-    vision, patches, sounds = sizes.vision, sizes.vision.grid**2, sizes.audio_tokens(fbank_frames(work.audio_seconds))
-    scores = (4 + 2 * e) * vision.num_attention_heads * patches if config.model.attention == "eager" else 0
     grid, chunk = (sam.image_size // sam.sizes.patch_size) ** 2, min(frames, sam.frames_per_chunk)
     peaks = {
-        "SigLIP": frames * patches * (2 * e * (vision.intermediate_size + vision.hidden_size) + scores),
-        "connector": 5 * e * frames * patches * sizes.language.hidden_size,
-        "BEATs": 4 * e * work.clips * sizes.beats.encoder_attention_heads * sounds**2,
+        **sizes.tower_bytes(
+            work.clips, work.frames, fbank_frames(work.audio_seconds), e, config.model.attention == "eager"
+        ),
         "SAM's encoder": frames * 3 * sam.image_size**2 * (4 + e)
         + chunk * grid * e * (3 * sam.sizes.encoder_heads * grid + 10 * sam.sizes.encoder_width),
     }
@@ -438,15 +437,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     files, overrides = [Path(x) for x in given if "=" not in x], [x for x in given if "=" in x]
     lengths = {name: getattr(options, name) for name in ("answer_tokens", "prompt_tokens", "frame_size")}
     machine = Machine(options.gpus, round(options.gpu_gb * GB), round(options.reserve_gb * GB), lengths)
-    try:
+
+    def plan() -> int:
         if not options.markdown:
             return 0 if all([report(path, overrides, machine, options.exhausted) for path in files]) else 1
         print("| config | " + " | ".join(COLUMNS) + " |\n|---" + "|---:" * len(COLUMNS) + "|")
         print("\n".join(f"| `{path}` | " + " | ".join(cells(path, overrides, machine)) + " |" for path in files))
         return 0
-    except AuroraError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+
+    return run_command(plan, failed=2)
 
 
 def _size(text: str) -> tuple[int, int]:

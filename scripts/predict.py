@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs.schema import RunConfig  # noqa: E402 - the project's root must be on the path first
 from utils.answers import reasoning_steps  # noqa: E402
 from utils.config import check_paths, load_config  # noqa: E402
-from utils.errors import AuroraError, ConfigError, DataError, Problem  # noqa: E402
+from utils.errors import ConfigError, DataError, Problem, run_command  # noqa: E402
 
 if TYPE_CHECKING:  # imported late: --help and a faulty video come before the model
     from dataset.processor import AuroraProcessor
@@ -65,15 +65,15 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
     if not options.reference.strip():
         parser.error("--reference: says nothing; describe what is to be segmented")
-    try:
-        clip = heard_clip(options)
-        model, processor = load(options.checkpoint, options.overrides, options.device)
-        prediction = answer(model, processor, clip, options.reference, options.max_new_tokens)
-        write_results(options, clip, prediction)
-    except AuroraError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+    return run_command(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Read the clip, ask the model, write what it answers."""
+    clip = heard_clip(options)
+    model, processor = load(options.checkpoint, options.overrides, options.device)
+    prediction = answer(model, processor, clip, options.reference, options.max_new_tokens)
+    write_results(options, clip, prediction)
 
 
 def heard_clip(options: argparse.Namespace) -> VideoClip:
@@ -181,7 +181,8 @@ def write_results(options: argparse.Namespace, clip: VideoClip, prediction: Pred
     """Write overlay, masks and answer, and print the answer."""
     from dataset.media import SAMPLE_RATE
     from utils.draw import PREDICTION, overlay, save_masks, write_gif, write_mp4
-    from utils.results import encode_masks, write_bytes, write_json
+    from utils.files import write_bytes, write_json
+    from utils.results import encode_masks
 
     masks = (prediction.mask_logits > 0).cpu().numpy()
     drawn = np.stack([overlay(frame, mask, PREDICTION) for frame, mask in zip(clip.frames, masks, strict=True)])

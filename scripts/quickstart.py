@@ -29,10 +29,10 @@ sys.path.insert(0, str(ROOT))
 from dataset.gallery import media_of  # noqa: E402 - the project's root must be on the path first
 from utils.config import git_state, load_config  # noqa: E402 - the project's root must be on the path first
 from utils.errors import AuroraError  # noqa: E402
+from utils.files import write_json  # noqa: E402
 from utils.pipeline import Pipeline, Step, locked  # noqa: E402
 from utils.report.page import write_report  # noqa: E402
 from utils.report.runs import find_evaluations, probe_summaries, stage_summary, summary_table  # noqa: E402
-from utils.results import write_json  # noqa: E402
 from utils.schedule import Cores, elapsed, run_all  # noqa: E402
 
 DATA = "data/mini"

@@ -52,33 +52,29 @@ if __name__ == "__main__":
     OPTIONS = parse()  # before the imports below, which take seconds: --help and a slip of the pen are answered at once
 
 from dataset.gallery import media_of  # noqa: E402
-from utils.errors import AuroraError, DataError  # noqa: E402
+from utils.errors import DataError, run_command  # noqa: E402
+from utils.files import write_json  # noqa: E402
 from utils.report.curves import write_figures  # noqa: E402
 from utils.report.media import MediaSource  # noqa: E402
 from utils.report.page import write_report  # noqa: E402
 from utils.report.runs import Evaluation, find_evaluations, run_summary, summary_table  # noqa: E402
-from utils.results import write_json  # noqa: E402
 
 BENCHMARKS = ("refavs=", "avsbench_s4=", "avsbench_ms3=")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    return run(parse(arguments))
+    options = parse(arguments)
+    return run_command(lambda: run(options))
 
 
-def run(options: argparse.Namespace) -> int:
-    """Writes what was asked for; returns the exit status."""
-    try:
-        folders = [_named(text) for text in options.runs]
-        if options.png:
-            print(*_figures(folders, options), sep="\n")
-        else:
-            print(_report(folders, options))
-    except AuroraError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+def run(options: argparse.Namespace) -> None:
+    """Writes what was asked for."""
+    folders = [_named(text) for text in options.runs]
+    if options.png:
+        print(*_figures(folders, options), sep="\n")
+    else:
+        print(_report(folders, options))
 
 
 def _report(folders: Sequence[tuple[str, Path]], options: argparse.Namespace) -> Path:
@@ -168,4 +164,4 @@ def _media(named_roots: Sequence[str], evaluations: Sequence[Evaluation]) -> Map
 
 
 if __name__ == "__main__":
-    sys.exit(run(OPTIONS))
+    sys.exit(run_command(lambda: run(OPTIONS)))

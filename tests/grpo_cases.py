@@ -87,7 +87,7 @@ def draw_ragged(monkeypatch: pytest.MonkeyPatch) -> Generation:
 def with_advantages(prepared: Rollouts) -> Rollouts:
     """Advantages of both signs, different for every answer."""
     values = torch.tensor([1.0, -0.5, -0.7, 0.3, -1.2, 0.8])
-    return replace(prepared, advantages=replace(prepared.advantages, values=values))
+    return replace(prepared, advantages=prepared.advantages._replace(values=values))
 
 
 def _draw(rule: str, rank: int) -> object:

@@ -212,14 +212,15 @@ def test_towers_read_the_memory_of_the_batch(monkeypatch: pytest.MonkeyPatch) ->
 def test_cache_shares_equal_keys_and_keeps_no_batch_alive() -> None:
     cache, calls = FeatureCache("memory"), []
 
-    def compute(rows: slice) -> torch.Tensor:
-        calls.append(rows.start)
-        return torch.tensor([[0.0], [10.0], [20.0]])[rows]
+    def run(rows: torch.Tensor) -> torch.Tensor:
+        calls.append(rows.flatten().tolist())
+        return 10 * rows
 
-    assert cache.fetch("t", ["a", "b", "a"], compute).tolist() == [[0.0], [10.0], [0.0]]
-    assert cache.fetch("t", ["b", "c"], compute).tolist() == [[10.0], [10.0]]
-    assert calls == [0, 1, 1]
-    assert cache.fetch("other", ["a"], compute).tolist() == [[0.0]]
+    rows = torch.tensor([[0.0], [1.0], [2.0]])
+    assert cache.fetch("t", ["a", "b", "a"], run, rows).tolist() == [[0.0], [10.0], [0.0]]
+    assert cache.fetch("t", ["b", "c"], run, rows[1:]).tolist() == [[10.0], [20.0]]
+    assert calls == [[0.0], [1.0], [2.0]]
+    assert cache.fetch("other", ["a"], run, rows[:1]).tolist() == [[0.0]]
     with pytest.raises(ValueError, match="folder"):
         FeatureCache("disk")
     with pytest.raises(ValueError, match="tape"):

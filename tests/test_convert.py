@@ -1,4 +1,4 @@
-"""The published checkpoint's shape at tiny size: DeepSpeed's file, peft 0.4 names, fewer rows; converted, it answers as
+"""The released checkpoint's shape at tiny size: DeepSpeed's file, peft 0.4 names, fewer rows; converted, it answers as
 the model that it was made of."""
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch import Tensor
 from configs.schema import RunConfig, TrainableConfig
 from dataset.prompt import load_tokenizer
 from model.aurora.build import build_model
-from model.aurora.convert import TARGETS, our_name, published_name, read_published
 from model.aurora.model import AuroraModel
 from model.aurora.trainable import apply_trainable
 from model.aurora.trained import read_trained
-from model.backbones.videollama2.weights import load_backbone
-from scripts.convert_aurora import REPORT, main
+from model.backbones.videollama2.weights import load_backbone, to_released
+from scripts.convert_aurora import BACKBONE, PARTS, REPORT, TARGETS, main, our_name, read_released
 from tests.aurora_cases import BASE, SAM_SIDE, stir, tiny_batch, tiny_sample, tiny_segmenter
 from tests.aurora_cases import SAM as SIZES
 from tests.data_builders import write_tokenizer
+from tests.test_weights import Bomb
 from utils.config import load_config
 from utils.tensor_files import TensorFileError
 
-PUBLISHED = TrainableConfig(lora_rank=2, lora_alpha=16.0, lora_targets=TARGETS)
-"""What the published trainer trains: three sets of adapters, vocabulary, head, decoder."""
+RELEASED = TrainableConfig(lora_rank=2, lora_alpha=16.0, lora_targets=TARGETS)
+"""What the released trainer trains: three sets of adapters, vocabulary, head, decoder."""
 
 
 @pytest.fixture
@@ -43,20 +43,20 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def parts(base: Path) -> Namespace:
-    """A trained model of the published kind, its file, and what the converter is given."""
+    """A trained model of the released kind, its file, and what the converter is given."""
     folder = base.parent
     SIZES.to_json(folder / "sam.json")
     save_file(tiny_segmenter().sam.state_dict(), folder / "sam.safetensors")
     _, seg_id = load_tokenizer(base)
     model = AuroraModel(load_backbone(base)[0], tiny_segmenter(), seg_id)
     own = [m.weight.detach().clone() for m in matrices(model)]
-    apply_trainable(model, PUBLISHED)
+    apply_trainable(model, RELEASED)
     stir(model, seed=5)
-    with torch.no_grad():  # the published matrices end with [SEG]; behind it stands the base
+    with torch.no_grad():  # the released matrices end with [SEG]; behind it stands the base
         for module, rows in zip(matrices(model), own, strict=True):
             module.weight[seg_id + 1 :] = rows[seg_id + 1 :]
     file = folder / "mp_rank_00_model_states.pt"
-    write_published(file, published_state(model))
+    write_released(file, released_state(model))
     arguments = [str(file), str(folder / "out"), "--base", str(base), "--sam", str(folder / "sam.safetensors")]
     arguments += ["--sam-type", str(folder / "sam.json"), "--sam-image-size", str(SAM_SIDE)]
     return Namespace(model=model.eval(), seg_id=seg_id, file=file, out=folder / "out", arguments=arguments, base=base)
@@ -66,9 +66,9 @@ def matrices(model: AuroraModel) -> list[torch.nn.Module]:
     return [model.backbone.language_model.model.embed_tokens, model.backbone.language_model.lm_head]
 
 
-def published_state(model: AuroraModel) -> dict[str, Tensor]:
-    """State dict as the published trainer's engine saves it: rows cut to the tokenizer's length."""
-    state = {published_name(name): tensor.detach().clone() for name, tensor in model.state_dict().items()}
+def released_state(model: AuroraModel) -> dict[str, Tensor]:
+    """State dict as the released trainer's engine saves it: rows cut to the tokenizer's length."""
+    state = {released_name(name): tensor.detach().clone() for name, tensor in model.state_dict().items()}
     table = next(name for name in state if "relative_attention_bias" in name)
     for layer in range(1, model.backbone.config.beats.encoder_layers):
         state[table.replace("layers.0.", f"layers.{layer}.")] = state[table].clone()
@@ -77,7 +77,7 @@ def published_state(model: AuroraModel) -> dict[str, Tensor]:
     return state
 
 
-def write_published(file: Path, state: dict[str, Tensor]) -> None:
+def write_released(file: Path, state: dict[str, Tensor]) -> None:
     """What DeepSpeed puts around the state dict."""
     shapes = [{name: tensor.shape for name, tensor in state.items()}]
     around = {"buffer_names": [], "optimizer": None, "param_shapes": shapes, "ds_version": "0.14.4",
@@ -93,7 +93,16 @@ def outputs(model: AuroraModel) -> tuple[Tensor, Tensor]:
     return output.answer_logits, output.mask_logits
 
 
-def test_names_of_the_published_checkpoint() -> None:
+def released_name(name: str) -> str:
+    """The inverse of `our_name` (the shared position table under its first layer)."""
+    name = name.replace(".base_layer.", ".")
+    for released, ours in PARTS:
+        if name.startswith(ours):
+            return f"base_model.model.{released}{name.removeprefix(ours)}"
+    return f"base_model.model.{to_released(name.removeprefix(BACKBONE), 1)[0]}"
+
+
+def test_names_of_the_released_checkpoint() -> None:
     """Written out, one of each kind."""
     pairs = {
         "base_model.model.model.layers.3.self_attn.q_proj.lora_A.default.weight":
@@ -110,15 +119,15 @@ def test_names_of_the_published_checkpoint() -> None:
             "segmenter.sam.mask_decoder.iou_token.weight",
         "base_model.model.model.text_hidden_fcs.0.2.bias": "text_hidden_fcs.0.2.bias",
     }  # fmt: skip
-    for published, ours in pairs.items():
-        assert our_name(published) == ours and our_name(f"module.{published}") == ours
-        assert published_name(ours) == published
+    for released, ours in pairs.items():
+        assert our_name(released) == ours and our_name(f"module.{released}") == ours
+        assert released_name(ours) == released
     table = "base_model.model.model.audio_tower.encoder.layers.{}.self_attn.relative_attention_bias.weight"
-    assert {our_name(table.format(i)) for i in range(12)} == {published_and_back(table.format(0))}
+    assert {our_name(table.format(i)) for i in range(12)} == {released_and_back(table.format(0))}
 
 
-def published_and_back(name: str) -> str:
-    assert published_name(our_name(name)) == name
+def released_and_back(name: str) -> str:
+    assert released_name(our_name(name)) == name
     return our_name(name)
 
 
@@ -151,12 +160,12 @@ def test_converted_model_answers_as_the_original(parts: Namespace, capsys: pytes
 def test_frozen_weights_within_rounding_are_dropped_and_changed_ones_kept(
     parts: Namespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    state = published_state(parts.model)
+    state = released_state(parts.model)
     vision = "base_model.model.model.vision_tower.vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
     projector = "base_model.model.model.mm_projector.readout.0.weight"
     state[vision] = state[vision].half().float()
     state[projector] = state[projector] + 1
-    write_published(parts.file, state)
+    write_released(parts.file, state)
     assert main(parts.arguments) == 0
     text = capsys.readouterr().out
     assert re.search(r"vision_tower +same to rounding +1", text) and "changed though frozen: 1" in text
@@ -168,7 +177,7 @@ def test_frozen_weights_within_rounding_are_dropped_and_changed_ones_kept(
 def test_a_file_of_trained_parts_alone_is_enough(parts: Namespace) -> None:
     """As DeepSpeed saves with exclude_frozen_parameters."""
     words = ("lora_", "embed_tokens", "lm_head", "mask_decoder", "text_hidden_fcs")
-    write_published(parts.file, {k: x for k, x in published_state(parts.model).items() if any(w in k for w in words)})
+    write_released(parts.file, {k: x for k, x in released_state(parts.model).items() if any(w in k for w in words)})
     assert main(parts.arguments) == 0
 
 
@@ -176,7 +185,7 @@ def test_a_file_of_trained_parts_alone_is_enough(parts: Namespace) -> None:
 def test_faults_are_named_and_nothing_is_written(
     fault: str, parts: Namespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    state = published_state(parts.model)
+    state = released_state(parts.model)
     head = "base_model.model.lm_head.weight"
     encoder = "base_model.model.model.visual_model.image_encoder.neck.0.weight"
     queries = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
@@ -197,11 +206,11 @@ def test_faults_are_named_and_nothing_is_written(
         state[queries] = torch.zeros(3, 64)
         words = r"adapters of several ranks: \[2, 3\]"
     elif fault == "code":
-        state[head] = _Bomb(parts.out.with_name("ran"))
+        state[head] = Bomb(parts.out.with_name("ran"))
         words = "mp_rank_00_model_states.pt: refused, .*could run code"
     else:
         words = "no `module` with names and tensors"
-    write_published(parts.file, state)
+    write_released(parts.file, state)
     if fault == "no module":
         torch.save({"module": [1]}, parts.file)
     assert main(parts.arguments) == 1
@@ -213,15 +222,4 @@ def test_faults_are_named_and_nothing_is_written(
 def test_a_truncated_file_is_said(parts: Namespace) -> None:
     parts.file.write_bytes(parts.file.read_bytes()[:-2000])
     with pytest.raises(TensorFileError, match="truncated torch file"):
-        read_published(parts.file)
-
-
-class _Bomb:
-    """Pickles to a call."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.shape = (0,)
-
-    def __reduce__(self) -> tuple:
-        return (Path.touch, (self.path,))
+        read_released(parts.file)

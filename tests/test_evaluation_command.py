@@ -125,7 +125,7 @@ def test_what_cannot_be_evaluated_is_refused_in_words(tiny, overrides, message, 
 
 def test_a_damaged_checkpoint_is_refused(tiny, tmp_path, capsys):
     shutil.copytree(tiny / "sft", tmp_path / "sft")
-    weights = tmp_path / "sft/final/trained.safetensors"
+    weights = tmp_path / "sft/final/adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8] + bytes(8))
     arguments = ["--config", str(tiny / "eval.yaml"), f"eval.checkpoint={tmp_path / 'sft'}"]
     assert train_ds_test.main(arguments) == 1

@@ -11,21 +11,21 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from configs.schema import ModelConfig, RunConfig, TrainableConfig
 from dataset.processor import AuroraProcessor
 from dataset.prompt import load_tokenizer
 from model.aurora.build import build_model
-from model.aurora.export import ADAPTER, DECODER, HEAD, REST, SAM, SAM_JSON, from_pretrained, save_pretrained
+from model.aurora.export import SAM, SAM_JSON, from_pretrained, save_pretrained
 from model.aurora.inference import predict
 from model.aurora.model import AuroraModel
 from model.aurora.trainable import apply_trainable
-from model.aurora.trained import SETTINGS, check_fit, load_trained, read_trained, save_trained
+from model.aurora.trained import SETTINGS, TENSORS, load_trained, read_trained, save_trained
 from model.backbones.videollama2.weights import load_backbone
 from model.segmenters.sam import build_segmenter
-from scripts.export import export, exported_config, main
+from scripts.export import export, main
 from tests.aurora_cases import BASE, LORA, SAM_SIDE, SEG, WHOLE, stir, three_clips, tiny_model, tiny_segmenter
 from tests.aurora_cases import SAM as SIZES
 from tests.data_builders import write_tokenizer
@@ -85,9 +85,7 @@ def test_light_and_merged_load_back_with_equal_outputs(kind: str, sam: ModelConf
     whole = from_pretrained(merged)
     assert not any(".lora_" in k or "seg_row" in k for k in whole.state_dict())
     same(whole, model, 2e-5)
-    assert (light / ADAPTER).is_file() == (kind in ("lora and rows", "vocabulary"))
-    assert (light / REST).is_file() == (kind in ("whole", "rows alone"))
-    assert {HEAD, DECODER} <= {path.name for path in light.iterdir()}
+    assert (light / "adapter_config.json").is_file() == (kind in ("lora and rows", "vocabulary"))
 
 
 def test_merged_folder_is_a_released_folder_and_sam_a_released_sam(sam: ModelConfig, tmp_path: Path) -> None:
@@ -109,13 +107,10 @@ def test_merged_folder_is_a_released_folder_and_sam_a_released_sam(sam: ModelCon
 
 @pytest.mark.parametrize("kind", ["lora and rows", "vocabulary"])
 def test_peft_itself_reads_the_adapters(kind: str, sam: ModelConfig, tmp_path: Path) -> None:
-    """On a plain joint model with the head and the decoder put in, as its user would."""
+    """On a plain joint model: adapters, [SEG] rows, vocabulary, head and decoder."""
     model = trained(kind, sam)
     folder = save_pretrained(model, tmp_path, merge=False)
-    plain = tiny_model().eval()
-    plain.load_state_dict(load_file(folder / HEAD), strict=False)
-    plain.segmenter.sam.load_state_dict(load_file(folder / DECODER), strict=False)
-    adapted = PeftModel.from_pretrained(plain, str(folder))
+    adapted = PeftModel.from_pretrained(tiny_model().eval(), str(folder))
     assert adapted.peft_config["default"].r == 2
     same(adapted.base_model.model, model, 1e-6)
 
@@ -129,14 +124,12 @@ def test_bf16_exports_stay_near_each_other(sam: ModelConfig, tmp_path: Path) -> 
     assert (first - second).abs().mean() < 0.02 * first.square().mean().sqrt()
 
 
-def test_a_light_export_stands_in_a_checkpoints_place(sam: ModelConfig, tmp_path: Path) -> None:
+def test_a_light_export_is_a_light_checkpoint(sam: ModelConfig, tmp_path: Path) -> None:
     model = trained("vocabulary", sam)
-    save_trained(model, tmp_path / "run")
-    save_pretrained(model, tmp_path / "light", merge=False)
-    ours, theirs = read_trained(tmp_path / "run"), read_trained(tmp_path / "light")
-    assert ours.trainable == theirs.trainable and ours.tensors.keys() == theirs.tensors.keys()
-    assert all(torch.equal(ours.tensors[k], theirs.tensors[k]) for k in ours.tensors)
-    check_fit(theirs, tiny_model(VOCABULARY))
+    save_trained(model, tmp_path / "run" / "final")
+    light = save_pretrained(model, tmp_path / "light", merge=False)
+    assert (light / TENSORS).read_bytes() == (tmp_path / "run" / "final" / TENSORS).read_bytes()
+    same(from_pretrained(tmp_path / "run"), model, 1e-6)
 
 
 def test_faults_are_named(sam: ModelConfig, tmp_path: Path) -> None:
@@ -148,16 +141,17 @@ def test_faults_are_named(sam: ModelConfig, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="base is /nowhere, which does not exist. Remedy: pass base="):
         from_pretrained(folder)
     same(from_pretrained(folder, base=BASE), model, 1e-6)
-    save_file({"text_hidden_fcs.0.0.weight": torch.zeros(1)}, folder / HEAD)
-    with pytest.raises(WeightsError, match="seg_head.safetensors: missing, or not the file"):
+    save_file({"text_hidden_fcs.0.0.weight": torch.zeros(1)}, folder / TENSORS)
+    with pytest.raises(WeightsError, match=f"{TENSORS}: missing, or not the file"):
         from_pretrained(folder, base=BASE)
-    with pytest.raises(WeightsError, match="cannot be read"):
-        from_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match="no light checkpoint"):
+        from_pretrained(tmp_path / "nothing")
+    model.origin = None
     save_trained(model, tmp_path / "run")
-    with pytest.raises(WeightsError, match="no export. Remedy: write one with scripts/export.py"):
+    with pytest.raises(WeightsError, match="does not say where.*Remedy: write an export .* scripts/export.py"):
         from_pretrained(tmp_path / "run")
     with pytest.raises(RuntimeError, match="the model's base is unknown"):
-        save_pretrained(tiny_model(LORA), tmp_path / "none")
+        save_pretrained(model, tmp_path / "none")
 
 
 def test_float16_that_overflows_is_told_to_use_bf16(sam: ModelConfig, tmp_path: Path) -> None:
@@ -245,8 +239,7 @@ def test_evaluation_reads_both_exports(run: tuple[Path, RunConfig], tmp_path: Pa
     """build_model with eval.checkpoint: the run, its light export, its merged export as base and checkpoint."""
     models = []
     for kind in ("light", "merged"):
-        config = exported_config(run[0], None)
-        export(config, tmp_path / kind, kind)
+        export(run[0], tmp_path / kind, kind)
         settings = yaml.safe_load((tmp_path / kind / "config.yaml").read_text())
         section = settings["model"] | {"attention": "sdpa"}
         evaluation = {"stage": "eval", "model": section, "eval": {"checkpoint": str(tmp_path / kind)}}

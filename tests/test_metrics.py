@@ -9,8 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from utils.metrics import Counts, count_frames, fit_logits, fit_masks, score_batch, score_counts
-from utils.metrics_protocols import PROTOCOLS, Protocol
+from utils.metrics import (
+    PROTOCOLS,
+    Counts,
+    Protocol,
+    _Binning,
+    count_frames,
+    fit_logits,
+    fit_masks,
+    score_batch,
+    score_counts,
+)
 
 J_THRESHOLDS = {"official": 0.4, "per_expression": 0.5, "s4": 0.5, "ms3": 0.5}
 
@@ -125,7 +134,6 @@ def test_probabilities_beside_every_threshold_fall_into_the_right_bin():
             values.append(step)
     values.append(torch.tensor([0.4, 0.5, np.nextafter(np.float32(0.4), np.float32(1)), 1e-30, 1e-45]))
     probability = torch.cat(values)
-    from utils.metrics import _Binning
 
     for edge in (0.4, 0.5):
         code = _Binning(edge, (1, len(probability)))(probability.numpy()[None]).ravel()

@@ -105,7 +105,7 @@ def check_equal(ours: Path, theirs: Path) -> None:
     """Every step once, losses and weights to the bit."""
     assert [row["step"] for row in metrics(ours)] == list(range(1, STEPS + 1))
     assert metrics(ours) == metrics(theirs)
-    mine, other = (load_file(run / "final" / "trained.safetensors") for run in (ours, theirs))
+    mine, other = (load_file(run / "final" / "adapter_model.safetensors") for run in (ours, theirs))
     assert mine.keys() == other.keys() and all(mine[name].equal(other[name]) for name in mine)
 
 
@@ -166,7 +166,7 @@ def test_what_a_run_leaves(tiny: Path) -> None:
     assert board.Scalars("train/loss")[1].value == pytest.approx(rows[1]["loss"])
     for folder in (run, run / "final", run / "checkpoints" / "step_000002"):
         assert (folder / "config.yaml").read_text().startswith("# code: git ")
-    assert (run / "final" / "trained.safetensors").exists()
+    assert (run / "final" / "adapter_model.safetensors").exists()
 
 
 def test_finished_changed_fresh(tiny: Path, tmp_path: Path) -> None:
@@ -208,5 +208,5 @@ def test_other_settings_run(tiny: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert len(metrics(tmp_path / "run")) == 2
-    names = load_file(tmp_path / "run" / "final" / "trained.safetensors")
+    names = load_file(tmp_path / "run" / "final" / "adapter_model.safetensors")
     assert any("seg_row" in name for name in names) and all(value.numel() for value in names.values())

@@ -23,8 +23,9 @@ from model.segmenters.sam import (
     SamSizes,
     assemble_sam,
     build_segmenter,
+    resample_grid,
+    resample_relative,
 )
-from model.segmenters.sam_weights import resample_grid, resample_relative
 from utils.errors import ConfigError, WeightsError
 
 FIXTURE = Path(__file__).parent / "fixtures" / "videollama2_av_tiny" / "lisa_head"

@@ -10,18 +10,10 @@ import torch
 
 from tests.evaluation_cases import make_prediction, make_sample
 from utils.errors import DataError
-from utils.metrics import score_batch
-from utils.metrics_protocols import fit_logits, fit_masks
-from utils.results import (
-    PartWriter,
-    decode_masks,
-    drop_other_parts,
-    encode_masks,
-    hash_files,
-    identity_of,
-    read_parts,
-    write_json,
-)
+from utils.evaluation import SplitTask
+from utils.files import hash_files, write_json
+from utils.metrics import fit_logits, fit_masks, score_batch
+from utils.results import PartWriter, decode_masks, drop_other_parts, encode_masks, read_parts
 from utils.scoring import RowResult, score_row, score_split
 
 PROTOCOLS = ("official", "per_expression")
@@ -143,8 +135,11 @@ def test_a_damaged_line_is_named(tmp_path):
 
 
 def test_identity_follows_every_fact_and_drops_the_rest(tmp_path):
-    one, other = identity_of({"checkpoint": "a", "probe": "none"}), identity_of({"probe": "none", "checkpoint": "b"})
-    assert one != other and one == identity_of({"probe": "none", "checkpoint": "a"})
+    def identity(facts):
+        return SplitTask(tmp_path, "val", (1,), ("official",), 1, facts).identity
+
+    one, other = identity({"checkpoint": "a", "probe": "none"}), identity({"probe": "none", "checkpoint": "b"})
+    assert one != other and one == identity({"probe": "none", "checkpoint": "a"})
     for name in (one, other):
         PartWriter(tmp_path / f"parts-{name}", 0).__exit__(None, None, None)
     drop_other_parts(tmp_path, one)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -11,7 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from configs.schema import TrainableConfig
 from model.aurora.build import build_model
-from model.aurora.trained import find_trained, load_mask_decoder, load_trained, save_trained
+from model.aurora.trained import (
+    find_trained,
+    load_mask_decoder,
+    load_trained,
+    read_trained,
+    save_trained,
+    trained_names,
+)
 from tests.aurora_cases import (
     BASE,
     LORA,
@@ -28,6 +36,9 @@ from tests.aurora_cases import (
 )
 from utils.errors import ConfigError, WeightsError
 
+ROWS_AND_WHOLE = LORA.model_copy(update={"full": (r"mm_projector_a\.", r"layers\.0\.self_attn\.q_proj\.bias")})
+"""Adapters, [SEG] rows, whole parameters, one of them of a layer with an adapter."""
+
 # ---- light checkpoints
 
 
@@ -41,7 +52,8 @@ def test_light_checkpoint_restores_the_model(trainable: TrainableConfig, tmp_pat
     second.segmenter.load_state_dict(second.segmenter.state_dict())  # renews the positional encoding
     stir(first, 7)
     save_trained(first, tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["trained.json", "trained.safetensors"]
+    adapters = ["adapter_config.json"] if trainable.lora_rank else []
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*adapters, "adapter_model.safetensors", "trained.json"]
     load_trained(second, tmp_path)
     for name, parameter in first.named_parameters():
         torch.testing.assert_close(second.get_parameter(name), parameter, atol=0, rtol=0)
@@ -54,7 +66,7 @@ def test_light_checkpoint_restores_the_model(trainable: TrainableConfig, tmp_pat
 def test_light_checkpoint_holds_what_differs_from_the_base(tmp_path: Path) -> None:
     model = tiny_model(LORA.model_copy(update={"mask_decoder": False, "seg_head": False}))
     save_trained(model, tmp_path)
-    names = set(load_file(tmp_path / "trained.safetensors"))
+    names = read_trained(tmp_path).tensors.keys()
     assert {n for n, p in model.named_parameters() if p.requires_grad} <= names
     assert {
         n for n, _ in model.named_parameters() if n.startswith(("text_hidden_fcs", "segmenter.sam.mask_d"))
@@ -70,10 +82,7 @@ def test_what_an_earlier_stage_trained_is_kept(tmp_path: Path) -> None:
     second = tiny_model(WHOLE.model_copy(update={"full": (r"language_model\.lm_head\.",)}))
     load_trained(second, tmp_path / "one")
     save_trained(second, tmp_path / "two")
-    assert (
-        load_file(tmp_path / "two" / "trained.safetensors").keys()
-        == load_file(tmp_path / "one" / "trained.safetensors").keys()
-    )
+    assert read_trained(tmp_path / "two").tensors.keys() == read_trained(tmp_path / "one").tensors.keys()
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
@@ -83,25 +92,63 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
     assert "no parameter of this model" in str(error.value) and "trained here, but not stored" in str(error.value)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("trainable", [LORA, ROWS_AND_WHOLE, WHOLE], ids=["lora", "rows", "whole"])
+def test_checkpoints_of_earlier_versions_load(version: int, trainable: TrainableConfig, tmp_path: Path) -> None:
+    """Written out as they were: one file under our names; exports in up to four files, plain names in three of them."""
+    model, again = tiny_model(trainable, seed=0), tiny_model(trainable, seed=0)
+    stir(model, 3)
+    tensors = {k: p.detach().clone() for k, p in model.named_parameters() if k in trained_names(model)}
+    decoder = "segmenter.sam.mask_decoder."
+    if version == 1:
+        files = {"trained.safetensors": tensors}
+    else:
+        plain = {k.replace(".base_layer.", "."): x for k, x in tensors.items() if "lora_" not in k}
+        files = {
+            "adapter_model.safetensors": {
+                f"base_model.model.{k}".replace(".default.", "."): x for k, x in tensors.items() if "lora_" in k
+            },
+            "seg_head.safetensors": {k: x for k, x in plain.items() if k.startswith("text_hidden_fcs.")},
+            "mask_decoder.safetensors": {k.removeprefix("segmenter.sam."): x for k, x in plain.items()
+                                         if k.startswith(decoder)},
+            "trained_rest.safetensors": {k: x for k, x in plain.items()
+                                         if not k.startswith(("text_hidden_fcs.", decoder)) and "seg_row" not in k},
+        }  # fmt: skip
+        for k, x in plain.items():
+            if k.endswith(".seg_row"):
+                key = f"{k.removesuffix('seg_row')}token_adapter.trainable_tokens_delta"
+                files["adapter_model.safetensors"][f"base_model.model.{key}"] = x[None].clone()
+    files = {name: part for name, part in files.items() if part}
+    for name, part in files.items():
+        save_file(part, tmp_path / name)
+    digests = {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in files}
+    settings = {
+        "format": version, "kind": "light", "seg_token_id": SEG, "trainable": trainable.model_dump(mode="json"),
+        "sha256": digests["trained.safetensors"] if version == 1 else digests, "names": sorted(tensors),
+    }  # fmt: skip
+    (tmp_path / "trained.json").write_text(json.dumps(settings))
+    load_trained(again, tmp_path)
+    assert all(torch.equal(again.get_parameter(name), x) for name, x in tensors.items())
+
+
 def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
     model = tiny_model(WHOLE)
     with pytest.raises(WeightsError, match="no light checkpoint"):
         load_trained(model, tmp_path)
     save_trained(model, tmp_path)
-    tensors = load_file(tmp_path / "trained.safetensors")
-    tensors.pop("text_hidden_fcs.0.0.weight")
-    save_file(tensors, tmp_path / "trained.safetensors")
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors.pop("base_model.model.text_hidden_fcs.0.0.weight")
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(WeightsError, match="SHA-256"):
         load_trained(model, tmp_path)
     save_trained(model, tmp_path)
     settings = json.loads((tmp_path / "trained.json").read_text())
-    (tmp_path / "trained.json").write_text(json.dumps(settings | {"format": 9}))
-    with pytest.raises(WeightsError, match="format 9"):
-        load_trained(model, tmp_path)
-    (tmp_path / "trained.json").write_text("{")
-    with pytest.raises(WeightsError, match="not the settings"):
-        load_trained(model, tmp_path)
-    assert not (tmp_path / "trained.safetensors.part").exists()
+    for text, words in ((json.dumps(settings | {"format": 9}), "format 9"), ("{", "not the settings"),
+                        ("[]", "not the settings"), ('{"format": 3}', "not the settings")):  # fmt: skip
+        (tmp_path / "trained.json").write_text(text)
+        with pytest.raises(WeightsError, match=words):
+            load_trained(model, tmp_path)
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_run_folders_are_searched(tmp_path: Path) -> None:

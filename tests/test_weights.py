@@ -1,4 +1,4 @@
-"""Loading and saving: released names both ways, every fault named, nothing held twice."""
+"""Loading and saving: released names both ways, every fault named, nothing held twice; the released config.json."""
 
 from __future__ import annotations
 
@@ -16,8 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.backbones.videollama2.config import LanguageConfig, VideoLlama2Config
-from model.backbones.videollama2.names import RELEASED_TABLE, TABLE, from_released, released_keys, to_released
-from model.backbones.videollama2.weights import expected_keys, load_backbone, save_backbone
+from model.backbones.videollama2.weights import (
+    RELEASED_TABLE,
+    TABLE,
+    expected_keys,
+    from_released,
+    load_backbone,
+    released_keys,
+    save_backbone,
+    to_released,
+)
 from utils import tensor_files
 from utils.tensor_files import TensorFileError, save_safetensors
 
@@ -194,7 +202,8 @@ def test_tolerated_keys_are_reported(folder: Path, stored: dict[str, Tensor]) ->
 
 def test_missing_shard_is_named(folder: Path, stored: dict[str, Tensor]) -> None:
     write_sharded(folder, stored)[1].unlink()
-    with pytest.raises(TensorFileError, match="model-00002-of-00003.safetensors: shard missing"):
+    words = r"(?s)model-00002-of-00003.safetensors: shard missing \(1 of 3.*Remedy: download the missing shards"
+    with pytest.raises(TensorFileError, match=words):
         load_backbone(folder)
 
 
@@ -202,7 +211,7 @@ def test_missing_shard_is_named(folder: Path, stored: dict[str, Tensor]) -> None
 def test_truncated_shard_is_named(folder: Path, stored: dict[str, Tensor], suffix: str) -> None:
     shard = write_sharded(folder, stored, suffix)[2]
     shard.write_bytes(shard.read_bytes()[:-1000])
-    with pytest.raises(TensorFileError, match=f"{shard.name}.*truncated"):
+    with pytest.raises(TensorFileError, match=f"{shard.name}.*truncated.*Remedy: download it again"):
         load_backbone(folder)
 
 
@@ -217,11 +226,12 @@ def test_damaged_legacy_file_is_named(folder: Path, stored: dict[str, Tensor]) -
             load_backbone(folder)
 
 
-class _Bomb:
+class Bomb:
     """Pickles to a call."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.shape = (0,)  # DeepSpeed's file holds shapes beside the tensors
 
     def __reduce__(self) -> tuple:
         return (Path.touch, (self.path,))
@@ -230,11 +240,11 @@ class _Bomb:
 @pytest.mark.parametrize("zipped", [True, False])
 def test_code_in_a_pickle_is_refused(folder: Path, zipped: bool) -> None:
     mark = folder / "ran"
-    torch.save({"lm_head.weight": _Bomb(mark)}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    torch.save({"lm_head.weight": Bomb(mark)}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     with pytest.raises(TensorFileError, match="pytorch_model.bin: refused"):
         load_backbone(folder)
     assert not mark.exists()
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(_Bomb(mark), protocol=2))
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(mark), protocol=2))
     with pytest.raises(TensorFileError, match="pytorch_model.bin"):
         load_backbone(folder)
     assert not mark.exists()
@@ -308,3 +318,48 @@ def test_training_in_place_leaves_the_file_alone(folder: Path, stored: dict[str,
         for parameter in model.parameters():
             parameter.add_(1)
     assert [file.read_bytes() for file in files] == before
+
+
+def test_config_round_trip_and_rope_spellings(tiny_folder: Path) -> None:
+    data = json.loads((tiny_folder / "config.json").read_text())
+    config = VideoLlama2Config.from_dict(data)
+    assert VideoLlama2Config.from_dict(config.to_dict()) == config
+    assert config.to_dict()["num_frames"] == 10
+    del data["rope_theta"]
+    data["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
+    assert VideoLlama2Config.from_dict(data).language.rope_theta == 5e5
+    for block in ("fixture_vision_config", "fixture_beats_config", "mm_hidden_size", "mm_hidden_size_a"):
+        del data[block]
+    released = VideoLlama2Config.from_dict(data)
+    assert (released.vision.hidden_size, released.vision.grid, released.beats.encoder_layers) == (1152, 27, 12)
+    assert not {"vision_config", "beats_config"} & released.to_dict().keys()
+
+
+def test_config_faults_are_listed_at_once(folder: Path) -> None:
+    path = folder / "config.json"
+    data = json.loads(path.read_text())
+    del data["vocab_size"]
+    data |= {"mm_projector_type": "stc_connector", "hidden_size": "64", "mm_vision_tower": "clip", "mm_hidden_size": 99}
+    data["fixture_beats_config"] |= {"deep_norm": False, "widht": 3}
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError) as error:
+        load_backbone(folder)
+    for part in (str(path), "vocab_size: missing",
+                 "mm_projector_type = 'stc_connector': input should be 'stc_connector_v35'",
+                 "hidden_size = '64': input should be a valid integer", "mm_vision_tower = 'clip'", "Remedy: ",
+                 "beats_config.deep_norm = False", "beats_config.widht: unknown", "mm_hidden_size = 99"):  # fmt: skip
+        assert part in str(error.value)
+    for text, message in (("{", "not a valid configuration"), ("[]", "must be an object")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_backbone(folder)
+    path.unlink()
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_backbone(folder)
+
+
+def test_sizes_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(ValueError, match="(?s)hidden_size = 65 .*num_attention_heads = 4 .*num_key_value_heads = 3"):
+        VideoLlama2Config(LanguageConfig(65, 8, 1, 4, 3, 10))
+    with pytest.raises(ValueError, match="mm_vision_select_layer = -40"):
+        VideoLlama2Config(LanguageConfig(64, 8, 1, 4, 2, 10), select_layer=-40)

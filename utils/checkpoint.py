@@ -4,7 +4,7 @@
                                  /rank_0.pt ...  random number generators of each process
                                  /config.yaml
                                  /manifest.json  written last: step, samples, processes, size and SHA-256 of each file
-                                 /trained.*      light weights, written after all that
+                                 /trained.json, adapter_model.safetensors: light weights, written after all that
     <run>/checkpoints/latest, best               name of the newest, and of the best by `log.keep_best`
 
 What a run needs to go on is written first and once, into a folder of another name, hashed on its way

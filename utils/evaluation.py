@@ -7,6 +7,7 @@ rows to its own part file and never waits for the others; the main process pools
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -21,19 +22,9 @@ from utils import distributed
 from utils.config import git_state
 from utils.draw import jpeg, save_masks, save_probabilities, strip
 from utils.errors import DataError
+from utils.files import hash_files, write_bytes, write_json, write_jsonl
 from utils.progress import Progress
-from utils.results import (
-    PartWriter,
-    describe_files,
-    drop_other_parts,
-    encode_masks,
-    hash_files,
-    identity_of,
-    read_parts,
-    write_bytes,
-    write_json,
-    write_jsonl,
-)
+from utils.results import PartWriter, drop_other_parts, encode_masks, read_parts
 from utils.scoring import NULL_CLASS, Faithful, RowResult, mask_logits, score_row, score_split
 from utils.types import Batch, Prediction, Sample
 
@@ -65,7 +56,8 @@ class SplitTask:
         settings = {"split": self.split, "rows": self.rows, "batch_size": self.batch_size, "protocols": self.protocols}
         drawn = {"pictures": sorted(self.pictures), "save_masks": self.save_masks}
         drawn["save_probabilities"] = self.save_probabilities
-        return identity_of({**settings, **drawn, "facts": self.facts})
+        facts = json.dumps({**settings, **drawn, "facts": self.facts}, sort_keys=True)
+        return hashlib.sha256(facts.encode()).hexdigest()[:12]
 
     def batches(self) -> list[list[int]]:
         """Positions, batch by batch."""
@@ -119,7 +111,7 @@ def evaluation_facts(config: RunConfig, stage: str, checkpoint: Path, table: Pat
     Args:
         config: the evaluation, with the checkpoint's model and input settings.
         stage: that trained the checkpoint.
-        checkpoint: folder with trained.json and trained.safetensors.
+        checkpoint: folder with trained.json, which holds the SHA-256 of the tensors.
         table: that lists the rows, where it does not lie in `data.root` itself.
     """
     folders = [config.model.base, *([config.model.text_encoder] if config.model.text_encoder else [])]
@@ -129,11 +121,11 @@ def evaluation_facts(config: RunConfig, stage: str, checkpoint: Path, table: Pat
         tables.append(table)
     return {
         "checkpoint": str(checkpoint),
-        "checkpoint_sha256": hash_files(checkpoint.glob("trained.*")),
+        "checkpoint_sha256": hash_files([checkpoint / "trained.json"]),
         "stage": stage,
         "answers": "given" if stage == "teacher" else "generated",
         "probe": config.eval.probe,
-        "files": describe_files([*base, Path(config.model.sam_checkpoint), *tables]),
+        "files": _described([*base, Path(config.model.sam_checkpoint), *tables]),
         "git": git_state(),
         "config": config.model_dump(
             mode="json",
@@ -141,6 +133,12 @@ def evaluation_facts(config: RunConfig, stage: str, checkpoint: Path, table: Pat
             exclude={"data": {"num_workers"}, "eval": {"output_dir"}},
         ),
     }
+
+
+def _described(paths: Iterable[Path], hash_below: int = 1 << 26) -> dict[str, str]:
+    """File name -> hash of its content, or its size where it has `hash_below` bytes or more (weights of a 7B model)."""
+    sizes = {path: path.stat().st_size for path in sorted(paths)}
+    return {p.name: hash_files([p])[:16] if size < hash_below else f"{size} bytes" for p, size in sizes.items()}
 
 
 def spread(rows: Sequence[int], kinds: Sequence[str], count: int) -> frozenset[int]:

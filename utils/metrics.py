@@ -1,8 +1,16 @@
 """J, F and S, exactly as the official Ref-AVS evaluator computes them, from one pass over the pixels.
 
-Deviations from the published code (Ref-AVS utils/metric/utility.py; AURORA utility.py):
+Every reported number belongs to one of these protocols, none of which is neutral: J and F move by points with them.
 
-1. Speed. The published F compares every pixel with 255 thresholds, one after the other. Here each pixel is put once
+| protocol       | J above | size    | rows per batch | ground truth                   | source                     |
+|----------------|---------|---------|----------------|--------------------------------|----------------------------|
+| official       | 0.4     | 256x256 | 4, file order  | bilinear of 0/255, then > 0    | Ref-AVS utils/metric       |
+| per_expression | 0.5     | native  | 1              | as stored                      | AURORA utility.py, sigmoid |
+| s4, ms3        | 0.5     | 224x224 | 4, file order  | as stored (224), else nearest  | AVSBench utils/utility.py  |
+
+Deviations from the released code (Ref-AVS utils/metric/utility.py; AURORA utility.py):
+
+1. Speed. The released F compares every pixel with 255 thresholds, one after the other. Here each pixel is put once
    into the bin of the last threshold it reaches; reverse cumulative sums of two histograms (all pixels, ground-truth
    pixels) give the same integer counts for every threshold, and the same float32 formula follows. Values are equal to
    the bit (tests/test_metrics.py holds the literal loops).
@@ -22,16 +30,12 @@ import base64
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
-
-from utils.metrics_protocols import PROTOCOLS, Protocol, fit_logits, fit_masks, get_protocol
-
-__all__ = ["PROTOCOLS", "Counts", "Protocol", "Scores", "count_frames", "fit_logits", "fit_masks", "get_protocol",
-           "score_batch", "score_counts"]
 
 THRESHOLDS = torch.linspace(0, 1 - 1e-10, 255)
 """float32 [255]. torch's linspace on the CPU: numpy's differs in ten entries by one unit in the last place."""
@@ -43,6 +47,72 @@ _EXACT_FLOAT32 = 2**24
 _VECTOR = 64
 """Frames whose pixel count is a multiple of this are never split across a vector register by torch's kernels, so the
 sigmoid of a frame equals, to the bit, the same frame's part in the sigmoid of the whole batch."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One way to turn mask logits of consecutive rows into J, F and S."""
+
+    name: str
+    j_threshold: float
+    """J counts a pixel as predicted where its probability is strictly above this."""
+    size: int | None
+    """Side in pixels of the square at which masks are compared, or None for the native size."""
+    rows_per_batch: int
+    """Rows pooled into one value of J (frame mean), F (one maximum over thresholds) and S (one square root)."""
+    mask_rule: Literal["bilinear_above_zero", "nearest"]
+    """How ground truth of another size becomes `size`."""
+
+
+PROTOCOLS: dict[str, Protocol] = {
+    p.name: p
+    for p in (
+        Protocol("official", 0.4, 256, 4, "bilinear_above_zero"),
+        Protocol("per_expression", 0.5, None, 1, "nearest"),
+        Protocol("s4", 0.5, 224, 4, "nearest"),
+        Protocol("ms3", 0.5, 224, 4, "nearest"),
+    )
+}
+
+
+def get_protocol(protocol: str | Protocol) -> Protocol:
+    """The protocol of that name. Raises ValueError for an unknown name."""
+    if isinstance(protocol, Protocol):
+        return protocol
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol is {protocol!r}; it must be one of {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[protocol]
+
+
+def fit_logits(logits: Tensor, protocol: str | Protocol) -> Tensor:
+    """Mask logits [N,H,W] -> float32 [N,h,w] at the protocol's size.
+
+    Logits, not probabilities and never binary masks, are interpolated (bilinear, half-pixel centres), as the official
+    model does with its mask predictions.
+    """
+    size = get_protocol(protocol).size
+    logits = logits.detach().to("cpu", torch.float32)
+    if size is None or tuple(logits.shape[-2:]) == (size, size):
+        return logits
+    return torch.nn.functional.interpolate(logits[:, None], size=(size, size), mode="bilinear")[:, 0]
+
+
+def fit_masks(masks: Tensor, protocol: str | Protocol) -> Tensor:
+    """Ground truth bool [N,H,W] -> bool [N,h,w] at the protocol's size.
+
+    Official rule: `cv2.resize` (bilinear) of the 0/255 image, then > 0, which grows objects by up to a pixel
+    (datasets/dataset_refavs.py). Raises ValueError for masks that are not bool.
+    """
+    rule = get_protocol(protocol)
+    if masks.dtype != torch.bool:
+        raise ValueError(f"masks have dtype {masks.dtype}; ground truth must be bool (compare the image with 0 first)")
+    masks = masks.detach().cpu()
+    if rule.size is None or tuple(masks.shape[-2:]) == (rule.size, rule.size):
+        return masks
+    interpolation = cv2.INTER_LINEAR if rule.mask_rule == "bilinear_above_zero" else cv2.INTER_NEAREST
+    images = masks.numpy().astype(np.uint8) * 255
+    sized = [cv2.resize(image, (rule.size, rule.size), interpolation=interpolation) for image in images]
+    return torch.from_numpy(np.stack(sized) > 0) if sized else torch.zeros(0, rule.size, rule.size, dtype=torch.bool)
 
 
 @dataclass(frozen=True)
@@ -144,7 +214,7 @@ def count_frames(logits: Tensor, masks: Tensor, protocol: str | Protocol) -> Cou
 
 
 def score_counts(counts: Counts, protocol: str | Protocol) -> Scores:
-    """J, F and S of the pooled frames of one batch, in float32 as published. Raises ValueError for no frames."""
+    """J, F and S of the pooled frames of one batch, in float32 as released. Raises ValueError for no frames."""
     if len(counts) == 0:
         raise ValueError("a batch without frames has no score")
     split = _j_bin(get_protocol(protocol).j_threshold)
@@ -226,7 +296,7 @@ def _at_least(histogram: np.ndarray) -> np.ndarray:
 
 
 def _mean_iou(selected: np.ndarray, hits: np.ndarray, gt: np.ndarray, pixels: int) -> float:
-    """`mask_iou` of the published code, from pixel counts [N]."""
+    """`mask_iou` of the released code, from pixel counts [N]."""
     empty = gt == 0
     inter = np.where(empty, pixels - selected, hits)
     union = np.where(empty, pixels, selected + gt - hits)
@@ -235,7 +305,7 @@ def _mean_iou(selected: np.ndarray, hits: np.ndarray, gt: np.ndarray, pixels: in
 
 
 def _max_f(selected: np.ndarray, hits: np.ndarray, gt: np.ndarray) -> float:
-    """`Eval_Fmeasure` of the published code, from pixel counts [N,255] per threshold and [N]."""
+    """`Eval_Fmeasure` of the released code, from pixel counts [N,255] per threshold and [N]."""
     kept = np.flatnonzero(gt)
     if not len(kept):
         return 0.0

@@ -1,14 +1,13 @@
 """Files of an evaluation: each rank appends finished rows to its own part file, rank 0 merges them at the end.
 
     <folder>/parts-<identity>/rank<k>.jsonl   one line per row, fsynced; a truncated last line is dropped when read
-    <folder>/predictions.jsonl, metrics.json  written under a temporary name and renamed
+    <folder>/predictions.jsonl, metrics.json  written whole (utils.files)
 
 `identity` is a hash of all that a prediction depends on (weights, data, probe, code), so nothing stale is ever reused.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,49 +23,6 @@ from utils.errors import DataError
 
 MAX_MASK_PIXELS = 50_000_000
 """Of one run-length mask; as many as `data.max_image_pixels` allows a frame by default."""
-
-
-def identity_of(facts: dict[str, Any]) -> str:
-    """Twelve hex digits that name everything a prediction depends on (plain JSON values)."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def hash_files(paths: Iterable[Path]) -> str:
-    """sha256 over names and contents of files, in order of their names."""
-    digest = hashlib.sha256()
-    for path in sorted(paths, key=lambda p: p.name):
-        digest.update(path.name.encode() + b"\0")
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def describe_files(paths: Iterable[Path], hash_below: int = 1 << 26) -> dict[str, str]:
-    """File name -> hash of its content, or its size where it has `hash_below` bytes or more (weights of a 7B model)."""
-    sizes = {path: path.stat().st_size for path in sorted(paths)}
-    return {p.name: hash_files([p])[:16] if size < hash_below else f"{size} bytes" for p, size in sizes.items()}
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all (temporary name in the same folder, fsync, rename)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`write_bytes` of indented JSON; refuses NaN and infinity (ValueError)."""
-    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
-
-
-def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """`write_bytes` of one JSON object per line."""
-    write_bytes(path, "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records).encode())
 
 
 class PartWriter:

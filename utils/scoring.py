@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from utils.answers import well_formed
-from utils.metrics import Counts, Scores, count_frames, score_counts
-from utils.metrics_protocols import fit_logits, fit_masks, get_protocol
+from utils.metrics import Counts, Scores, count_frames, fit_logits, fit_masks, get_protocol, score_counts
 from utils.types import EMPTY_LOGIT, Prediction, Sample
 
 Faithful = Callable[[str, dict, str], bool]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import struct
 import zipfile
@@ -93,6 +94,23 @@ def save_safetensors(tensors: Mapping[str, Tensor], path: str | Path) -> None:
     mode = path.stat().st_mode
     save_file(dict(tensors), path, metadata={"format": "pt"})
     path.chmod(mode)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """`save_safetensors` whole or not at all: under a temporary name, flushed to the disk, renamed.
+
+    Args:
+        path: of the file.
+        tensors: on any device, none of which share memory.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_safetensors({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -38,62 +38,44 @@ EMPTY_LOGIT = -1e4
 class MediaFormat:
     """What a backbone reads of a clip; `dataset.processor` prepares it so."""
 
-    frame_size: int
-    """P: side of the square frames, in pixels."""
-    mel_bins: int
-    """K"""
-    frame_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    frame_size: int  # P: side of the square frames, in pixels
+    mel_bins: int  # K
+    frame_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # RGB, of frames in [0, 1]
     frame_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """RGB, of frames in [0, 1]."""
-    sound: Literal["fbank", "log_mel"] = "fbank"
-    """Kaldi's filter bank (`kaldi_fbank`), or Whisper's log-mel spectrogram (`whisper_log_mel`)."""
-    frame_step: int | None = None
-    """Frames may have any side that is a multiple of it; None = `frame_size` alone."""
+    sound: Literal["fbank", "log_mel"] = "fbank"  # Kaldi's filter bank, or Whisper's log-mel spectrogram
+    frame_step: int | None = None  # frames may have any side that is a multiple of it; None = `frame_size` alone
 
 
 @dataclass(frozen=True)
 class Sample:
     """One metadata row with its media decoded and preprocessed (made in a worker process by `dataset.clips`)."""
 
-    row: int
-    """Row number in metadata.csv (0-based, header excluded): the key of every result."""
+    row: int  # row number in metadata.csv (0-based, header excluded): the key of every result
     uid: str
-    clip: str
-    """Folder of the clip under media/ and gt_mask/: `uid.rsplit('_', 2)[0]`."""
+    clip: str  # folder of the clip under media/ and gt_mask/: `uid.rsplit('_', 2)[0]`
     split: str
     class_name: str
-    reference: str
-    """The referring expression, stripped of outer spaces."""
-    kind: str
-    """Question kind (mini world), or "" where the data does not tell it."""
-    pixel_values: Tensor
-    """float32 [T,3,P,P]: frames for the vision tower, normalised as its `MediaFormat` says."""
+    reference: str  # the referring expression, stripped of outer spaces
+    kind: str  # question kind (mini world), or "" where the data does not tell it
+    pixel_values: Tensor  # float32 [T,3,P,P]: frames for the vision tower, normalised as its MediaFormat says
     sam_pixels: Tensor
     """float32 [T,3,Z,Z]: frames for SAM: long side Z, normalised, zero-padded at the bottom and right."""
-    sam_size: tuple[int, int]
-    """(height, width) inside `sam_pixels` before padding."""
-    fbank: Tensor
-    """float32 [F,K]: log-mel energies, as the backbone's `MediaFormat` says."""
+    sam_size: tuple[int, int]  # (height, width) inside `sam_pixels` before padding
+    fbank: Tensor  # float32 [F,K]: log-mel energies, of the kind that the MediaFormat names
     masks: Tensor
     """bool [T,H,W]: ground truth at native size; all False for a null row, and on frames that nobody annotated."""
-    prompt_ids: Tensor
-    """int64 [L]: chat prompt up to and including the assistant header, with VIDEO_PLACEHOLDER."""
-    answer_ids: Tensor
-    """int64 [L]: the target answer with its <|im_end|>; empty at evaluation."""
-    teacher_ids: Tensor
-    """int64 [L]: the answer that the distillation teacher reads; empty where no teacher is used."""
+    prompt_ids: Tensor  # int64 [L]: chat prompt up to and including the assistant header, with VIDEO_PLACEHOLDER
+    answer_ids: Tensor  # int64 [L]: the target answer with its <|im_end|>; empty at evaluation
+    teacher_ids: Tensor  # int64 [L]: the answer that the distillation teacher reads; empty where no teacher is used
     video_key: str
     """Names the frames of `pixel_values` (the clip, or another one under a probe): features of frozen towers are cached
     by it. `sam_pixels` are always the clip's own."""
-    audio_key: str
-    """Names the sound of `fbank` in the same way."""
+    audio_key: str  # names the sound of `fbank` in the same way
     label_start: int = 0
     """First token of `answer_ids` that counts in the cross entropy (reflective paths: the correction may count alone);
     the tokens before it are read all the same."""
-    frames: np.ndarray | None = None
-    """uint8 [T,H,W,3] RGB at native size, kept only where pictures are asked for."""
-    truth: dict | None = None
-    """What the mini world knows of the row's true chain; None for real data."""
+    frames: np.ndarray | None = None  # uint8 [T,H,W,3] RGB at native size, kept only where pictures are asked for
+    truth: dict | None = None  # what the mini world knows of the row's true chain; None for real data
     labelled: tuple[int, ...] | None = None
     """Frames whose mask was annotated, in rising order; None = all. Losses, rewards and scores read no others."""
 
@@ -103,14 +85,10 @@ class Batch:
     """B samples collated. Tensors share the order of `samples`; ragged fields stay lists."""
 
     samples: list[Sample]
-    pixel_values: Tensor
-    """float32 [B,T,3,P,P]"""
-    sam_pixels: Tensor
-    """float32 [B,T,3,Z,Z]"""
-    fbank: Tensor
-    """float32 [B,F,K]"""
-    masks: list[Tensor]
-    """B x bool [T,H,W]"""
+    pixel_values: Tensor  # float32 [B,T,3,P,P]
+    sam_pixels: Tensor  # float32 [B,T,3,Z,Z]
+    fbank: Tensor  # float32 [B,F,K]
+    masks: list[Tensor]  # B x bool [T,H,W]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -153,12 +131,9 @@ class Batch:
 class MediaFeatures:
     """What the towers say of B clips; computed once per clip, shared by all answers about it."""
 
-    video: Tensor | None
-    """[B,Mv,D] video tokens, or None for sound alone."""
-    audio: Tensor | None
-    """[B,Ma,D] audio tokens, or None for frames alone."""
-    image_embeddings: Tensor | None = None
-    """[B,T,C,h,w] SAM image embeddings, or None where no mask is wanted."""
+    video: Tensor | None  # [B,Mv,D] video tokens, or None for sound alone
+    audio: Tensor | None  # [B,Ma,D] audio tokens, or None for frames alone
+    image_embeddings: Tensor | None = None  # [B,T,C,h,w] SAM image embeddings, or None where no mask is wanted
 
     def repeat(self, group: int) -> MediaFeatures:
         """Each clip `group` times in a row: [B*group, ...]."""
@@ -177,20 +152,14 @@ class PackedInputs:
     two. In the paper's case Q = B.
     """
 
-    token_ids: Tensor
-    """int64 [B,S]: text ids; 0 at media and padding positions."""
+    token_ids: Tensor  # int64 [B,S]: text ids; 0 at media and padding positions
     media_index: Tensor
     """int64 [B,S]: index into the row's media tokens (video first, then audio), -1 at text and padding."""
-    labels: Tensor
-    """int64 [B,S]: IGNORE except at answer tokens. labels[b, s] is the token AT s (shift when scoring)."""
-    attention_mask: Tensor
-    """bool [B,S]: False at padding (right padding)."""
-    position_ids: Tensor
-    """int64 [B,S], or [3,B,S] (time, height, width) for a decoder that reads such positions."""
-    answer_of_query: Tensor
-    """int64 [Q]: the row that asks for a mask, in rising order."""
-    position_of_query: Tensor
-    """int64 [Q]: where in the row its [SEG] stands."""
+    labels: Tensor  # int64 [B,S]: IGNORE except at answer tokens. labels[b, s] is the token AT s (shift when scoring).
+    attention_mask: Tensor  # bool [B,S]: False at padding (right padding)
+    position_ids: Tensor  # int64 [B,S], or [3,B,S] (time, height, width) for a decoder that reads such positions
+    answer_of_query: Tensor  # int64 [Q]: the row that asks for a mask, in rising order
+    position_of_query: Tensor  # int64 [Q]: where in the row its [SEG] stands
 
     @property
     def has_seg(self) -> Tensor:
@@ -216,10 +185,8 @@ class AuroraOutput(NamedTuple):
 
     answer_logits: Tensor | None
     """[A,V] logits that predict the A labelled tokens of the batch, in row-major order of `labels`."""
-    answer_labels: Tensor | None
-    """int64 [A]"""
-    seg_features: Tensor
-    """[Q,C] projected hidden state AT [SEG] (f_s of eq. 2)."""
+    answer_labels: Tensor | None  # int64 [A]
+    seg_features: Tensor  # [Q,C] projected hidden state AT [SEG] (f_s of eq. 2)
     mask_logits: Tensor | None
     """[Q,T or k,4h,4w] low-resolution mask logits, still padded; None without image embeddings."""
 
@@ -228,20 +195,15 @@ class AuroraOutput(NamedTuple):
 class GroupInputs:
     """B prompts and the R = B * G answers behind them; row b * G + g is answer g of prompt b."""
 
-    prompts: PackedInputs
-    """B rows without their last token, right padded."""
+    prompts: PackedInputs  # B rows without their last token, right padded
     token_ids: Tensor
     """int64 [R,L]: the prompt's last token, then the answer, right padded with 0. The answer's own last token is only
     there if it is [SEG]: nothing else reads its hidden state."""
-    targets: Tensor
-    """int64 [R,L]: the answer's token that each position predicts, IGNORE elsewhere."""
-    answer_of_query: Tensor
-    """int64 [Q]: the answer that asks for a mask, in rising order."""
-    position_of_query: Tensor
-    """int64 [Q]: where `token_ids` holds its [SEG]."""
+    targets: Tensor  # int64 [R,L]: the answer's token that each position predicts, IGNORE elsewhere
+    answer_of_query: Tensor  # int64 [Q]: the answer that asks for a mask, in rising order
+    position_of_query: Tensor  # int64 [Q]: where `token_ids` holds its [SEG]
     group: int
-    temperature: float
-    """The logits are divided by it, as in sampling."""
+    temperature: float  # the logits are divided by it, as in sampling
 
     @property
     def mask(self) -> Tensor:
@@ -252,14 +214,10 @@ class GroupInputs:
 class GroupOutput(NamedTuple):
     """What a pass over R answers gives. A tuple, because DeepSpeed's backward hooks see tensors in tuples alone."""
 
-    log_probs: Tensor
-    """float32 [R,L]: of `GroupInputs.targets`, 0 where there is none."""
-    entropy: Tensor
-    """float32 [R,L]: of the distributions they come from, without gradient, 0 where there is none."""
-    seg_features: Tensor
-    """[Q,C] projected hidden state AT [SEG]."""
-    mask_logits: Tensor | None
-    """[Q,T or k,4h,4w] low-resolution mask logits; None without image embeddings."""
+    log_probs: Tensor  # float32 [R,L]: of `GroupInputs.targets`, 0 where there is none
+    entropy: Tensor  # float32 [R,L]: of the distributions they come from, without gradient, 0 where there is none
+    seg_features: Tensor  # [Q,C] projected hidden state AT [SEG]
+    mask_logits: Tensor | None  # [Q,T or k,4h,4w] low-resolution mask logits; None without image embeddings
 
 
 @dataclass
@@ -274,16 +232,11 @@ class StepLoss:
 class Generation:
     """R sampled or greedy answers."""
 
-    token_ids: list[Tensor]
-    """Answer ids, <|im_end|> included if it was reached."""
-    texts: list[str]
-    """Decoded answers without <|im_end|>."""
-    seg_hidden: Tensor
-    """[Q,D] final-norm hidden state at each query's [SEG], captured as it was produced."""
-    answer_of_query: Tensor
-    """int64 [Q]: the answer that asks for a mask, in rising order."""
-    truncated: Tensor
-    """bool [R]: stopped by the length limit before <|im_end|>."""
+    token_ids: list[Tensor]  # answer ids, <|im_end|> included if it was reached
+    texts: list[str]  # decoded answers without <|im_end|>
+    seg_hidden: Tensor  # [Q,D] final-norm hidden state at each query's [SEG], captured as it was produced
+    answer_of_query: Tensor  # int64 [Q]: the answer that asks for a mask, in rising order
+    truncated: Tensor  # bool [R]: stopped by the length limit before <|im_end|>
     log_probs: list[Tensor] | None = None
     """Per answer [L] float32 log-probabilities of the drawn tokens under the sampling distribution."""
 
@@ -298,12 +251,9 @@ class Prediction:
     """The model's answer about one clip and reference."""
 
     row: int
-    text: str
-    """The whole answer."""
-    class_name: str | None
-    """X of "the target is X", or None if it cannot be parsed."""
-    mask_logits: Tensor
-    """float32 [T,H,W] at native size; a failed generation (no [SEG]) holds EMPTY_LOGIT."""
+    text: str  # the whole answer
+    class_name: str | None  # X of "the target is X", or None if it cannot be parsed
+    mask_logits: Tensor  # float32 [T,H,W] at native size; a failed generation (no [SEG]) holds EMPTY_LOGIT
     has_seg: bool
 
 

@@ -32,8 +32,8 @@ from dataset.annotate.backends import Blocked, Rejected, Reply, Request, Unanswe
 from dataset.annotate.gates import Gate
 from dataset.annotate.mini import MiniBackend
 from utils.errors import DataError
-from utils.pipeline import locked
-from utils.results import PartWriter, read_parts, write_json, write_jsonl
+from utils.files import lock, write_json, write_jsonl
+from utils.results import PartWriter, read_parts
 
 IMAGE_TOKENS = 258
 """Of one small image (Gemini API documentation: 258 for an image of at most 384 px a side; larger ones are tiled)."""
@@ -292,7 +292,7 @@ def annotate(
     mini = {"mistakes": options.mistakes, "seed": options.seed} if options.backend == "mini" else {}
     settings |= {"backend": options.backend, "model": options.model, "task": task, **mini,
                  "prompt_sha256": hashlib.sha256(template.encode()).hexdigest()[:16]}  # fmt: skip
-    with locked(options.out.with_name(f"{options.out.name}.parts") / ".lock0", patience=5):
+    with lock(options.out.with_name(f"{options.out.name}.parts") / ".lock0", patience=5):
         files = RunFiles(options.out, settings)
         settled = files.settled(options.again)
         waiting = [request for request in requests if request.row.row not in settled]

@@ -19,7 +19,8 @@ from dataset.cot import numbered_lines
 from dataset.refavs import NULL_CLASS, RefAvsIndex
 from dataset.reflective import without_seg
 from utils.errors import DataError
-from utils.results import decode_masks, write_json, write_jsonl
+from utils.files import write_json, write_jsonl
+from utils.results import decode_masks
 
 IOU = 0.6
 """Rows below it are candidates (paper section 3.2)."""

@@ -37,9 +37,7 @@ class AskingModel(AuroraModel):
         """As of `AuroraModel`, and the prompter where it has parameters."""
         return (*super().components, "prompter") if len(self.prompter) else super().components
 
-    def drawn_queries(
-        self, answers: Generation | None, batch: Batch, media: MediaFeatures
-    ) -> tuple[Tensor, Tensor]:
+    def drawn_queries(self, answers: Generation | None, batch: Batch, media: MediaFeatures) -> tuple[Tensor, Tensor]:
         """The answers are read again, with what prompts SAM behind them."""
         packed = self.pack(batch, None if answers is None else answers.token_ids)
         return self.seg_features(self.hidden_states(packed, media), packed), packed.answer_of_query

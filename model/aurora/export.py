@@ -1,61 +1,56 @@
-"""Trained models to hand on: light (what training changed) or merged (the whole model), and their way back.
+"""Trained models to hand on, and their way back: light (what training changed) or merged (the whole model).
 
-    light     adapter_config.json, adapter_model.safetensors   LoRA, [SEG] rows and whole vocabulary matrices, in peft's
-                                                               own format, relative to `AuroraModel`
-              seg_head.safetensors                             text_hidden_fcs
-              mask_decoder.safetensors                         SAM's decoder under SAM's own names
-              trained_rest.safetensors                         what else was trained whole (only if something was)
-              trained.json                                     settings, where base and SAM came from, digests
-    merged    config.json, model*.safetensors                  the backbone under the released names, adapters merged in
-              sam.safetensors (sam.json)                       the whole SAM at its image size
-              seg_head.safetensors, trained.json
+    light     adapter_model.safetensors, ...      a light checkpoint (`model.aurora.trained`), as runs write it
+    merged    config.json, model*.safetensors     the backbone under the released names, adapters merged in
+              sam.safetensors                     the whole SAM at its image size
+              seg_head.safetensors, trained.json  text_hidden_fcs; settings
+    both      sam.json, README.md                 sizes of a SAM that is not a released one; the model card
 
-`from_pretrained` reads both, and so does `eval.checkpoint` (`model.aurora.trained.read_trained`). A light
-export also serves as `init_from` and `sft.teacher_checkpoint`; a merged folder is base, SAM and checkpoint at once. A
-LoRA update is added to its weight in float32 and rounded once to the stored type, so in float32 the two exports agree
-to rounding, in bf16 to one unit in the last place of the adapted weights.
+`from_pretrained` reads both, and so does `eval.checkpoint` (`trained.read_trained`). A light one serves as `init_from`
+and `sft.teacher_checkpoint`, too; a merged folder is base, SAM and checkpoint at once. A LoRA update is
+added to its weight in float32 and rounded once to the stored type, so in float32 the two exports agree to rounding, in
+bf16 to one unit in the last place of the adapted weights.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from configs.schema import ModelConfig, TrainableConfig
+from configs.schema import ModelConfig, RunConfig, TrainableConfig
+from model.aurora.build import backbone_kind, build_sam
 from model.aurora.model import AuroraModel
 from model.aurora.sampling import GENERATION_CONFIG, read_generation_defaults
-from model.aurora.trainable import MASK_DECODER, SEG_HEAD, apply_trainable, is_adapter
+from model.aurora.trainable import SEG_HEAD, apply_trainable, is_adapter
 from model.aurora.trained import (
-    EXPORT_FORMAT,
+    SEGMENTER,
     SETTINGS,
     Trained,
+    gather_trained,
     load_trained,
     read_trained,
-    trained_names,
+    write_settings,
+    write_trained,
 )
-from model.backbones.videollama2.weights import load_backbone, save_state
-from model.segmenters.sam import SAM_SIZES, build_segmenter
-from utils.errors import WeightsError
-from utils.manifest import file_digest
-from utils.tensor_files import load_safetensors, read_json, save_safetensors
+from model.segmenters.sam import SAM_SIZES
+from utils.errors import DataError, WeightsError
+from utils.tables import text
+from utils.tensor_files import read_json, write_safetensors
 
-ADAPTER, HEAD, DECODER, REST = (
-    f"{name}.safetensors" for name in ("adapter_model", "seg_head", "mask_decoder", "trained_rest")
-)
-SAM, SAM_JSON = "sam.safetensors", "sam.json"
-PEFT_PREFIX = "base_model.model."
-SEGMENTER = "segmenter.sam."
-EMBEDDING, LM_HEAD = (f"backbone.language_model.{name}" for name in ("model.embed_tokens", "lm_head"))
+SAM, HEAD, SAM_JSON, CARD = "sam.safetensors", "seg_head.safetensors", "sam.json", "README.md"
 MERGED_TRAINABLE = TrainableConfig(lora_rank=0, lora_targets=(), full=(), seg_head=True, mask_decoder=True)
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
+SCORES = ("J", "F", "J&F", "S")
+SHARES = ("class_accuracy", "format_share", "faithful")
 
 
 def save_pretrained(model: AuroraModel, folder: str | Path, merge: bool = True) -> Path:
@@ -73,29 +68,23 @@ def save_pretrained(model: AuroraModel, folder: str | Path, merge: bool = True) 
         raise RuntimeError("save_pretrained: the model's base is unknown; make it by build_model or from_pretrained")
     if model.origin.prompter != "seg_token":
         raise RuntimeError(f"save_pretrained: only models that write [SEG] are exported, not {model.origin.prompter}")
-    folder = Path(folder)
+    folder, origin = Path(folder), model.origin
     folder.mkdir(parents=True, exist_ok=True)
-    files = _write_merged(model, folder) if merge else _write_light(model, folder)
-    origin = model.origin
     if origin.sam_type not in SAM_SIZES:
         model.segmenter.sizes.to_json(folder / SAM_JSON)
         origin = origin.model_copy(update={"sam_type": SAM_JSON})
-    if merge:
-        if (Path(origin.base) / GENERATION_CONFIG).is_file():
-            shutil.copyfile(Path(origin.base) / GENERATION_CONFIG, folder / GENERATION_CONFIG)
-        origin = origin.model_copy(update={"base": ".", "sam_checkpoint": SAM})
-    settings = {
-        "format": EXPORT_FORMAT,
-        "kind": "merged" if merge else "light",
-        "seg_token_id": model.seg_token_id,
-        "trainable": (MERGED_TRAINABLE if merge else model.trainable_config).model_dump(mode="json"),
-        "model": origin.model_dump(mode="json"),
-        "dtype": str(model.backbone.dtype).removeprefix("torch."),
-        "sha256": {name: file_digest(folder / name) for name in files},
-    }
-    part = folder / f"{SETTINGS}.part"
-    part.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, folder / SETTINGS)
+    if not merge:
+        write_trained(replace(gather_trained(model, folder), origin=origin))
+        return folder
+    state = merged_state(model)
+    save, kind = backbone_kind(model.origin.base).save, str(model.backbone.dtype).removeprefix("torch.")
+    save(model.backbone.config, _below("backbone.", state), folder, kind)
+    write_safetensors(folder / SAM, _below(SEGMENTER, state))
+    write_safetensors(folder / HEAD, {name: x for name, x in state.items() if name.startswith(SEG_HEAD)})
+    if (Path(origin.base) / GENERATION_CONFIG).is_file():
+        shutil.copyfile(Path(origin.base) / GENERATION_CONFIG, folder / GENERATION_CONFIG)
+    origin = origin.model_copy(update={"base": ".", "sam_checkpoint": SAM})
+    write_settings(Trained(folder, MERGED_TRAINABLE, model.seg_token_id, {}, origin), [SAM, HEAD])
     return folder
 
 
@@ -107,14 +96,14 @@ def from_pretrained(
     base: str | Path | None = None,
     sam_checkpoint: str | Path | None = None,
 ) -> AuroraModel:
-    """The joint model of an export.
+    """The joint model of an export, or of a run's light checkpoint.
 
     Args:
-        folder: written by `save_pretrained`.
-        dtype: of all weights; None = as exported.
+        folder: see `read_trained`.
+        dtype: of all weights; None = as stored.
         device: where they go.
         attention: "eager" or "sdpa"; None = as the run that was exported.
-        base, sam_checkpoint: of a light export, where they are not in the places that it remembers.
+        base, sam_checkpoint: of a light one, where they are not in the places that it remembers.
 
     Returns:
         AuroraModel in eval mode, frozen.
@@ -122,16 +111,11 @@ def from_pretrained(
     Raises:
         WeightsError: a file is missing, damaged, or does not fit.
     """
-    folder = Path(folder)
-    settings = read_json(folder / SETTINGS)
-    if settings.get("format") != EXPORT_FORMAT:
-        raise WeightsError(f"{folder}: no export. Remedy: write one with scripts/export.py.")
     trained = read_trained(folder)
-    origin = resolve_origin(folder, settings, base, sam_checkpoint)
-    dtype = getattr(torch, settings["dtype"]) if dtype is None else dtype
-    backbone, _ = load_backbone(origin.base, dtype, attention or origin.attention, device)
-    segmenter = build_segmenter(origin.sam_type, origin.sam_image_size, origin.sam_checkpoint)
-    model = AuroraModel(backbone, segmenter, trained.seg_token_id)
+    origin = resolve_origin(trained, base, sam_checkpoint)
+    dtype = next(iter(trained.tensors.values())).dtype if dtype is None else dtype
+    backbone, _ = backbone_kind(origin.base).load(origin.base, dtype, attention or origin.attention, device)
+    model = AuroraModel(backbone, build_sam(origin), trained.seg_token_id)
     apply_trainable(model, trained.trainable)
     load_trained(model, trained)
     model.origin = origin
@@ -140,57 +124,29 @@ def from_pretrained(
 
 
 def resolve_origin(
-    folder: Path, settings: dict[str, Any], base: str | Path | None = None, sam_checkpoint: str | Path | None = None
+    trained: Trained, base: str | Path | None = None, sam_checkpoint: str | Path | None = None
 ) -> ModelConfig:
     """The model section of an export with paths that exist: those given, else those remembered (also relative to it).
 
     Raises:
         WeightsError: the base or SAM is nowhere.
     """
-    origin = ModelConfig.model_validate_json(json.dumps(settings["model"]))
-    given = {"base": base, "sam_checkpoint": sam_checkpoint, "sam_type": None}
+    if trained.origin is None:
+        raise WeightsError(f"{trained.folder}: does not say where its base and SAM are. Remedy: write an export of its "
+                           "run with scripts/export.py.")  # fmt: skip
     found = {}
-    for field, path in given.items():
-        remembered = getattr(origin, field)
-        if field == "sam_type" and remembered in SAM_SIZES:
+    for field, given in (("base", base), ("sam_checkpoint", sam_checkpoint), ("sam_type", None)):
+        path = Path(getattr(trained.origin, field) if given is None else given)
+        if field == "sam_type" and str(path) in SAM_SIZES:
             continue
-        inside = settings["kind"] == "merged" or field == "sam_type"
-        candidates = [Path(path)] if path is not None else [folder / remembered] if inside else [Path(remembered)]
-        existing = [candidate for candidate in candidates if candidate.exists()]
-        if not existing:
-            raise WeightsError(
-                f"{folder}: {field} is {candidates[0]}, which does not exist. Remedy: pass {field}= with its place."
-            )
-        found[field] = str(existing[0])
-    return origin.model_copy(update=found)
-
-
-def read_export(folder: Path, settings: dict[str, Any]) -> Trained:
-    """What an export changed of base and SAM, under our names (called by `trained.read_trained`).
-
-    Raises:
-        WeightsError: a file is missing or not the one that trained.json describes.
-    """
-    for name, digest in settings["sha256"].items():
-        if not (folder / name).is_file() or file_digest(folder / name) != digest:
-            raise WeightsError(
-                f"{folder / name}: missing, or not the file that {SETTINGS} describes (its SHA-256 differs). Remedy: "
-                "copy all files of one export, or export again."
-            )
-    trainable = TrainableConfig.model_validate_json(json.dumps(settings["trainable"]))
-    tensors = load_safetensors(folder / HEAD)
-    if settings["kind"] == "merged":
-        whole = load_safetensors(folder / SAM)
-        tensors |= {f"{SEGMENTER}{k}": x for k, x in whole.items() if f"{SEGMENTER}{k}".startswith(MASK_DECODER)}
-        return Trained(folder, trainable, settings["seg_token_id"], tensors)
-    tensors |= {f"{SEGMENTER}{k}": x for k, x in load_safetensors(folder / DECODER).items()}
-    for name in (ADAPTER, REST):
-        if (folder / name).is_file():
-            tensors |= {_from_peft(k): x for k, x in load_safetensors(folder / name).items()}
-    tensors = {k: x[0] if k.endswith(".seg_row") and x.dim() == 2 else x for k, x in tensors.items()}
-    adapted = {name.split(".lora_")[0] for name in tensors if ".lora_A." in name}
-    tensors = {_below_adapter(k, adapted): x for k, x in tensors.items()}
-    return Trained(folder, trainable, settings["seg_token_id"], tensors)
+        inside = trained.folder / path
+        if given is None and inside.exists():
+            path = inside
+        if not path.exists():
+            raise WeightsError(f"{trained.folder}: {field} is {path}, which does not exist. Remedy: pass {field}= with "
+                               "its place.")  # fmt: skip
+        found[field] = str(path)
+    return trained.origin.model_copy(update=found)
 
 
 def merged_state(model: AuroraModel) -> dict[str, Tensor]:
@@ -214,90 +170,72 @@ def merged_state(model: AuroraModel) -> dict[str, Tensor]:
     return state
 
 
-def _write_merged(model: AuroraModel, folder: Path) -> list[str]:
-    """Backbone, SAM and head; returns the files that get a digest (the shards carry their own structure)."""
-    state = merged_state(model)
-    backbone = {k.removeprefix("backbone."): x for k, x in state.items() if k.startswith("backbone.")}
-    config, kind = model.backbone.config, str(model.backbone.dtype).removeprefix("torch.")
-    save_state(replace(config, extra=config.extra | {"torch_dtype": kind}), backbone, folder)
-    _save(_part(state, SEGMENTER), folder / SAM)
-    _save({k: x for k, x in state.items() if k.startswith(SEG_HEAD)}, folder / HEAD)
-    return [SAM, HEAD]
+def write_card(folder: str | Path, config: RunConfig, metrics: Iterable[dict[str, Any]] = ()) -> None:
+    """Write the model card of an export, README.md. No number is invented: without metrics it says "Not evaluated".
 
-
-def _write_light(model: AuroraModel, folder: Path) -> list[str]:
-    """Everything that training changed, in up to four files; returns their names."""
-    names = trained_names(model)
-    changed = {k: p.detach() for k, p in model.named_parameters() if k in names}
-    plain = {k.replace(".base_layer.", "."): x for k, x in changed.items() if not is_adapter(k)}
-    head = {k: x for k, x in plain.items() if k.startswith(SEG_HEAD)}
-    decoder = _part(plain, SEGMENTER, MASK_DECODER)
-    others = {k: x for k, x in plain.items() if not k.startswith((SEG_HEAD, MASK_DECODER))}
-    adapters = {k: x for k, x in changed.items() if is_adapter(k)}
-    if any(".lora_A." in name for name in adapters):
-        vocabulary = {k: others.pop(k) for k in (f"{EMBEDDING}.weight", f"{LM_HEAD}.weight") if k in others}
-        adapters |= vocabulary
-        _adapter_config(model, adapters, [name.removesuffix(".weight") for name in vocabulary]).save_pretrained(folder)
-    else:
-        others |= adapters  # peft has no adapter without LoRA layers; [SEG] rows alone go with the rest
-        adapters = {}
-    written = []
-    for name, tensors in (
-        (ADAPTER, {_to_peft(k): x[None] if k.endswith(".seg_row") else x for k, x in adapters.items()}),
-        (HEAD, head),
-        (DECODER, decoder),
-        (REST, others),
-    ):
-        if tensors:
-            _save(tensors, folder / name)
-            written.append(name)
-    return written
-
-
-def _adapter_config(model: AuroraModel, adapters: dict[str, Tensor], whole: list[str]) -> LoraConfig:
-    """peft's description of the adapter file; names are relative to `AuroraModel`."""
-    settings = model.trainable_config
-    rows = {k.removesuffix(".seg_row"): [model.seg_token_id] for k in adapters if k.endswith(".seg_row")}
-    return LoraConfig(
-        r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=sorted({k.split(".lora_A.")[0] for k in adapters if ".lora_A." in k}),
-        modules_to_save=whole or None,
-        trainable_token_indices=rows or None,
-        base_model_name_or_path=model.origin.base,
-        inference_mode=True,
+    Args:
+        folder: of the export.
+        config: of the run that was exported.
+        metrics: of its evaluations, see `read_metrics`.
+    """
+    folder, metrics = Path(folder), list(metrics)
+    merged = (folder / HEAD).is_file()
+    data = ModelCardData(
+        library_name="pytorch" if merged else "peft",
+        pipeline_tag="mask-generation",
+        base_model=config.model.base,
+        tags=["audio-visual segmentation", "reasoning segmentation", "Ref-AVS", "AURORA"],
+        model_name=f"aurora-{config.stage}" if metrics else None,
+        eval_results=[result for m in metrics for result in _results(m)] or None,
     )
+    rows = [
+        [m["split"], protocol, m["scores"]["n"], *(m["scores"][protocol].get(name) for name in SCORES),
+         *(m["scores"].get(name) for name in SHARES)]
+        for m in metrics
+        for protocol in m["protocols"]
+    ]  # fmt: skip
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != CARD)
+    ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        merged=merged,
+        config=config,
+        seg_token_id=read_json(folder / SETTINGS)["seg_token_id"],
+        rows=[[text(cell) for cell in row] for row in rows],
+        checkpoints=sorted({str(m.get("checkpoint_sha256", "unknown"))[:12] for m in metrics}),
+        probes=sorted({str(m.get("probe", "none")) for m in metrics}),
+        code=metrics[0].get("git", "unknown") if metrics else None,
+        files={path.name: path.stat().st_size for path in files},
+    ).save(folder / CARD)
 
 
-def _to_peft(name: str) -> str:
-    """Our name -> the key in adapter_model.safetensors."""
-    if name.endswith(".seg_row"):
-        name = f"{name.removesuffix('seg_row')}token_adapter.trainable_tokens_delta"
-    return PEFT_PREFIX + name.replace(".default.", ".")
+def read_metrics(path: str | Path) -> dict[str, Any]:
+    """A metrics.json of train_ds_test.py.
+
+    Raises:
+        DataError: unreadable, or without a split and its scores.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data["split"], data["scores"]["n"], data["protocols"]  # noqa: B018 - the fields that a card needs
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: no metrics of an evaluation ({error!r}). Remedy: name a metrics.json of train_ds_test.py."
+        ) from error
+    return data
 
 
-def _from_peft(key: str) -> str:
-    """The inverse of `_to_peft`; names without peft's prefix stay as they are."""
-    name = key.removeprefix(PEFT_PREFIX)
-    for side in (".lora_A.", ".lora_B."):
-        name = name.replace(side, f"{side}default.") if f"{side}default." not in name else name
-    return name.replace(".token_adapter.trainable_tokens_delta", ".seg_row")
+def _results(metrics: dict[str, Any]) -> list[EvalResult]:
+    """The scores of one evaluation under its first protocol, for the hub's model index."""
+    protocol, split = metrics["protocols"][0], metrics["split"]
+    return [
+        EvalResult("mask-generation", "ref-avs", "Ref-AVS", name, round(metrics["scores"][protocol][name], 4),
+                   metric_name=f"{name} ({protocol})", dataset_split=split)
+        for name in SCORES
+        if name in metrics["scores"][protocol]
+    ]  # fmt: skip
 
 
-def _below_adapter(name: str, adapted: set[str]) -> str:
-    """A plain parameter of an adapted layer stands below `.base_layer`."""
-    layer, _, last = name.rpartition(".")
-    return f"{layer}.base_layer.{last}" if layer in adapted else name
-
-
-def _part(state: dict[str, Tensor], prefix: str, within: str | None = None) -> dict[str, Tensor]:
-    """Entries below `within` (default: `prefix`), named without `prefix`."""
-    return {k.removeprefix(prefix): x for k, x in state.items() if k.startswith(within or prefix)}
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file by temporary name and rename."""
-    part = path.with_name(f".{path.name}.part")
-    save_safetensors({k: x.detach().cpu().contiguous().clone() for k, x in tensors.items()}, part)
-    os.replace(part, path)
+def _below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Entries below `prefix`, named without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

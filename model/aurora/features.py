@@ -49,25 +49,27 @@ class FeatureCache:
         self,
         tower: str,
         keys: Sequence[str],
-        compute: Callable[[slice], Tensor],
-        inputs: Tensor | None = None,
+        run: Callable[[Tensor], Tensor],
+        inputs: Tensor,
+        device: torch.device | str = "cpu",
     ) -> Tensor:
-        """Features of the B rows that `keys` name.
+        """Features of the B rows that `keys` name, [B,...] on `device`; kept ones bit for bit.
 
         Args:
             tower: name of the tower.
             keys: B clip keys; equal keys share one entry.
-            compute: given a slice of the batch's rows, their features [R,...] on the compute device. (A slice, as
-                indexing with a list would copy pinned rows into memory that is not.)
-            inputs: [B,...] what the tower reads. Mode "disk" needs it: files are named by the input's digest, so that
-                a clip whose media changed is never served its old features.
-
-        Returns:
-            [B,...] on the device of `compute`'s result, or on the CPU if nothing was new; from the memory bit for bit.
+            run: the tower, given rows of `inputs` on `device`.
+            inputs: [B,...] on any device. Files are named by their digest, so that a clip whose media changed is never
+                served its old features.
         """
+
+        def compute(rows: slice) -> Tensor:
+            # A slice, as a list of rows would copy pinned memory; cast by `run` on the device, for the same reason.
+            return run(inputs[rows].to(device, non_blocking=True))
+
         if self.mode == "none":
             return compute(slice(None))
-        device, kept = torch.device("cpu"), {}
+        kept: dict[str, Tensor] = {}
         for row, key in enumerate(keys):
             if key in kept:
                 continue
@@ -76,10 +78,8 @@ class FeatureCache:
             if kept[key] is None:
                 # One by one: the last bits of a batched result depend on what else is in the batch, and a resumed run,
                 # whose memory is empty, meets its clips in other company.
-                features = compute(slice(row, row + 1))[0].detach()
-                device = features.device
                 # A copy, or the entry would hold the memory of the whole result.
-                kept[key] = features.to("cpu", copy=True).contiguous()
+                kept[key] = compute(slice(row, row + 1))[0].detach().to("cpu", copy=True).contiguous()
                 if path is None:
                     self._stored[tower, key] = kept[key]
                 else:

@@ -45,8 +45,7 @@ class AuroraModel(nn.Module):
         ValueError: the embedding matrix has no row for [SEG].
     """
 
-    writes = True
-    """Whether an answer is written or read at all; without one, video and sound are not encoded either."""
+    writes = True  # whether an answer is written or read; without one, video and sound are not encoded either
 
     def __init__(
         self,
@@ -103,20 +102,16 @@ class AuroraModel(nn.Module):
     # ---- clips
 
     def encode(self, batch: Batch, masks: bool = True, reuse: MediaFeatures | None = None) -> MediaFeatures:
-        """Run the towers, once per clip.
+        """Run the towers, once per clip: MediaFeatures on the model's device, in its type.
 
         A frozen tower runs without gradient and may be served by the feature cache, its projector with it if that is
         frozen too. What has trainable parts, and what stands behind it, is always computed, with gradient where
         gradients are enabled.
 
         Args:
-            batch: B clips on any device; the pixels are moved and cast as they are needed.
+            batch: B clips on any device.
             masks: whether the segmenter's image embeddings are wanted.
-            reuse: features of the same batch made earlier, perhaps without gradient: those of frozen towers are taken
-                from it, the others are computed anew.
-
-        Returns:
-            MediaFeatures on the model's device, in its type.
+            reuse: features of the same batch made earlier, perhaps without gradient: those of frozen towers are taken.
         """
         ready = MediaFeatures(None, None) if reuse is None else reuse
         found = MediaFeatures(None, None)
@@ -142,32 +137,25 @@ class AuroraModel(nn.Module):
         self, name: str, run: Callable[[Tensor], Tensor], inputs: Tensor, keys: list[str], ready: Tensor | None
     ) -> Tensor:
         """`run` of `inputs` on the model's device, unless the features are ready or kept."""
-
-        def compute(rows: slice) -> Tensor:
-            # A slice, as a list of rows would copy pinned memory; cast on the device, for the same reason.
-            return run(inputs[rows].to(self.device, non_blocking=True))
-
-        return self.feature_cache.fetch(name, keys, compute, inputs).to(self.device) if ready is None else ready
+        return self.feature_cache.fetch(name, keys, run, inputs, self.device) if ready is None else ready
 
     # ---- rows of words and media positions
 
     def pack(
         self, batch: Batch, answers: Sequence[Tensor] | None, prompts: Sequence[Tensor] | None = None
     ) -> PackedInputs:
-        """Lay out prompts and answers with the media positions of `batch`, on the model's device; runs no weight.
+        """Lay out prompts and answers, int64 [L] each, with the media positions of `batch`; runs no weight.
 
         Args:
             batch: gives the token counts of video and sound.
-            answers: one per prompt, int64 [L] each, or None for generation.
-            prompts: the rows; None = `batch.prompts`. Give them to repeat a clip's prompt, or to leave clips out.
+            answers: one per prompt, or None for generation.
+            prompts: None = `batch.prompts`. Give them to repeat a clip's prompt.
         """
         rows = [prompt.cpu() for prompt in (batch.prompts if prompts is None else prompts)]
         ends = None if answers is None else [answer.cpu() for answer in answers]
         return self.backbone.layout(batch, rows, ends, self.seg_token_id).to(self.device)
 
-    def pack_group(
-        self, batch: Batch, answers: Sequence[Tensor], group: int, temperature: float = 1.0
-    ) -> GroupInputs:
+    def pack_group(self, batch: Batch, answers: Sequence[Tensor], group: int, temperature: float = 1.0) -> GroupInputs:
         """Lay out B prompts and the R = B * G answers behind them, int64 [L] each; runs no weight.
 
         Raises:
@@ -186,16 +174,10 @@ class AuroraModel(nn.Module):
             length = max([len(answer), *(queries[-1] + 1).tolist()])
             streams.append(torch.cat([batch.prompts[number // group].cpu()[-1:], answer])[:length])
             targets.append(F.pad(answer, (0, length - len(answer)), value=IGNORE))
-        counts = torch.tensor([len(q) for q in queries])
-        return GroupInputs(
-            packed,
-            pad_sequence(streams, batch_first=True).to(self.device),
-            pad_sequence(targets, batch_first=True, padding_value=IGNORE).to(self.device),
-            torch.arange(len(answers)).repeat_interleave(counts).to(self.device),
-            torch.cat(queries).to(self.device),
-            group,
-            temperature,
-        )
+        token_ids, targets = pad_sequence(streams, True), pad_sequence(targets, True, IGNORE)
+        asking = torch.arange(len(answers)).repeat_interleave(torch.tensor([len(q) for q in queries]))
+        tensors = (x.to(self.device) for x in (token_ids, targets, asking, torch.cat(queries)))
+        return GroupInputs(packed, *tensors, group, temperature)
 
     def pack_without_last_token(self, batch: Batch) -> PackedInputs:
         """Prompts [B,P] whose last token is left to be read with each of the answers behind them.
@@ -216,12 +198,9 @@ class AuroraModel(nn.Module):
         """One teacher-forced pass.
 
         Args:
-            packed: positions of B spliced rows; or B prompts with G answers each, from `pack_group`.
-            media: features of the same B rows; without image embeddings no mask is decoded.
+            packed: B rows, which give an AuroraOutput; or B prompts with G answers each, which give a GroupOutput.
+            media: features of the same B clips; without image embeddings no mask is decoded.
             frame_index: int64 [B,k] frames of each clip whose masks are decoded; None = all T.
-
-        Returns:
-            AuroraOutput, or GroupOutput for groups.
 
         Raises:
             NonFiniteError: the weights are float16 and the logits overflow.
@@ -233,27 +212,18 @@ class AuroraModel(nn.Module):
         labels = packed.labels[:, 1:]
         predicts = labels != IGNORE
         logits = self.backbone.lm_head(hidden[:, :-1][predicts]) if self.writes else None
-        if logits is not None and logits.dtype == torch.float16:
+        if logits is not None and logits.dtype == torch.float16:  # the one type in which they overflow
             check_logits(logits)
         seg_features = self.seg_features(hidden, packed)
-        return AuroraOutput(
-            answer_logits=logits,
-            answer_labels=labels[predicts],
-            seg_features=seg_features,
-            mask_logits=self.decode_masks(seg_features, packed.answer_of_query, media.image_embeddings, frame_index),
-        )
+        masks = self.decode_masks(seg_features, packed.answer_of_query, media.image_embeddings, frame_index)
+        return AuroraOutput(logits, labels[predicts], seg_features, masks)
 
     def _forward_group(self, packed: GroupInputs, media: MediaFeatures, frame_index: Tensor | None) -> GroupOutput:
         """Log-probabilities, [SEG] features and masks of R answers, each prompt and clip read once."""
-        hidden = score_answers(
-            self.backbone.decoder,
-            self.embed(packed.prompts, media),
-            packed.prompts.attention_mask,
-            self.backbone.words(packed.token_ids),
-            packed.group,
-            packed.prompts.position_ids,
-        )
-        mask = packed.mask
+        prompts, mask = packed.prompts, packed.mask
+        answers = self.backbone.words(packed.token_ids)
+        rows = self.embed(prompts, media), prompts.attention_mask, answers
+        hidden = score_answers(self.backbone.decoder, *rows, packed.group, prompts.position_ids)
         # Inside the forward, since ZeRO-3 gathers lm_head for as long as this call lasts.
         scores = token_log_probs(self.backbone.lm_head, hidden[mask], packed.targets[mask], packed.temperature)
         log_probs, entropy = (hidden.new_zeros(mask.shape, dtype=x.dtype).masked_scatter(mask, x) for x in scores)
@@ -268,11 +238,9 @@ class AuroraModel(nn.Module):
 
     def hidden_states(self, packed: PackedInputs, media: MediaFeatures) -> Tensor:
         """Final-norm hidden states [B,S,D] of the spliced rows."""
+        embeddings, positions = self.embed(packed, media), packed.position_ids
         return self.backbone.decoder(
-            inputs_embeds=self.embed(packed, media),
-            attention_mask=packed.attention_mask,
-            position_ids=packed.position_ids,
-            use_cache=False,
+            inputs_embeds=embeddings, attention_mask=packed.attention_mask, position_ids=positions, use_cache=False
         ).last_hidden_state
 
     def project(self, hidden: Tensor) -> Tensor:
@@ -283,9 +251,7 @@ class AuroraModel(nn.Module):
         """[B,S,D] or [R,L,D] hidden states -> [Q,C] projected states of the queries."""
         return self.project(hidden[packed.answer_of_query, packed.position_of_query])
 
-    def drawn_queries(
-        self, answers: Generation | None, batch: Batch, media: MediaFeatures
-    ) -> tuple[Tensor, Tensor]:
+    def drawn_queries(self, answers: Generation | None, batch: Batch, media: MediaFeatures) -> tuple[Tensor, Tensor]:
         """[Q,C] prompts for the segmenter, and int64 [Q] the answer of each, of answers drawn about `batch`."""
         return self.project(answers.seg_hidden), answers.answer_of_query
 

@@ -37,16 +37,12 @@ class Sampling:
         ValueError: a setting outside its range.
     """
 
-    temperature: float = 0.0
-    """0 = the most likely token."""
-    top_p: float = 1.0
-    """Mass of the most likely tokens that is drawn from; 1 = all."""
-    top_k: int = 0
-    """Number of the most likely tokens that is drawn from; 0 = all."""
+    temperature: float = 0.0  # 0 = the most likely token
+    top_p: float = 1.0  # mass of the most likely tokens that is drawn from; 1 = all
+    top_k: int = 0  # number of the most likely tokens that is drawn from; 0 = all
     repetition_penalty: float = 1.0
     """Logits of tokens that the answer already holds are divided by it (multiplied, where negative); 1 = none."""
-    generator: torch.Generator | None = None
-    """Source of randomness, on any device; None = torch's own."""
+    generator: torch.Generator | None = None  # source of randomness, on any device; None = torch's own
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1:

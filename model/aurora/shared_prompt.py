@@ -52,25 +52,16 @@ AttentionMaskInterface.register(ATTENTION, AttentionMaskInterface()["sdpa"])
 
 
 def score_answers(
-    decoder: PreTrainedModel,
-    prompts: Tensor,
-    known: Tensor,
-    answers: Tensor,
-    group: int,
+    decoder: PreTrainedModel, prompts: Tensor, known: Tensor, answers: Tensor, group: int,
     positions: Tensor | None = None,
-) -> Tensor:
-    """Final-norm hidden states of R answers behind B prompts, each prompt read once.
+) -> Tensor:  # fmt: skip
+    """Final-norm hidden states [R,L,D] of R answers behind B prompts, each prompt read once.
 
     Args:
         decoder: a causal decoder of transformers whose `attn_implementation` is `ATTENTION`, in eval mode.
-        prompts: [B,P,D] embeddings, right padded.
-        known: bool [B,P], False at padding.
-        answers: [R,L,D] embeddings, right padded; row b * G + g stands behind prompt b.
-        group: G.
+        prompts, known: [B,P,D] embeddings, right padded; bool [B,P], False at padding.
+        answers, group: [R,L,D] embeddings, right padded; row b * G + g stands behind prompt b.
         positions: int64 [B,P], or [3,B,P] for a decoder with three position rows; None = 0..P-1.
-
-    Returns:
-        [R,L,D]; the states of padding mean nothing.
 
     Raises:
         RuntimeError: the decoder is in train mode, in which dropout would make the first ratio differ from 1.
@@ -84,13 +75,7 @@ def score_answers(
     behind = following + torch.arange(length, device=prompts.device).repeat(group)  # [...,B,G*L]
     row = torch.cat([prompts, answers.reshape(clips, group * length, -1)], dim=1)
     with _checkpointed_in_eval_mode(decoder):
-        hidden = decoder(
-            inputs_embeds=row,
-            attention_mask=packed.mask,
-            position_ids=torch.cat([positions, behind], dim=-1),
-            use_cache=False,
-            shared_prompt=packed,
-        ).last_hidden_state
+        hidden = _read(decoder, row, packed.mask, torch.cat([positions, behind], dim=-1), packed)
     return hidden[:, known.shape[1] :].reshape(clips * group, length, -1)
 
 
@@ -98,10 +83,8 @@ def score_answers(
 class PackedAnswers:
     """Attention of rows [prompt | answer 1 | ... | answer G]."""
 
-    prompt: int
-    """P"""
-    group: int
-    """G"""
+    prompt: int  # P
+    group: int  # G
     mask: Tensor
     """bool [R or 1,1,L,P+L]: what the tokens of an answer see, of the prompt and of themselves. It is also what the
     decoder is given as its mask, since a 4-D mask passes through every decoder of transformers untouched."""
@@ -150,23 +133,14 @@ class PromptCache:
     result is that of ordinary attention up to rounding.
 
     Args:
-        decoder: as for `score_answers`.
-        prompts: [B,P,D] embeddings, right padded; they are read at once.
-        known: bool [B,P], False at padding.
-        group: G.
+        decoder, prompts, known, group, positions: as for `score_answers`; the prompts are read at once.
         longest: tokens of an answer, at most.
-        positions: as for `score_answers`.
     """
 
     def __init__(
-        self,
-        decoder: PreTrainedModel,
-        prompts: Tensor,
-        known: Tensor,
-        group: int,
-        longest: int,
+        self, decoder: PreTrainedModel, prompts: Tensor, known: Tensor, group: int, longest: int,
         positions: Tensor | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.decoder, self.group, self.longest = decoder, group, longest
         self.hidden_keys = None if bool(known.all()) else ~known[:, None, None]  # [B,1,1,P]
         self.prompts: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> [B,hk,P,d] twice
@@ -177,14 +151,7 @@ class PromptCache:
         self._run(prompts, positions)
 
     def append(self, words: Tensor) -> Tensor:
-        """Read one more token of every answer.
-
-        Args:
-            words: [R,D] its embedding.
-
-        Returns:
-            [R,D] final-norm hidden states at that token.
-        """
+        """Read one more token of every answer: its embeddings [R,D] -> final-norm hidden states [R,D] there."""
         positions = self.next_position.expand(*self.next_position.shape[:-1], self.group)
         hidden = self._run(words.unflatten(0, (-1, self.group)), positions)
         self.length += 1
@@ -194,13 +161,7 @@ class PromptCache:
     def _run(self, embeddings: Tensor, positions: Tensor) -> Tensor:
         # The 4-D mask is never read: it keeps transformers from making one of its own.
         unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeddings.device)
-        return self.decoder(
-            inputs_embeds=embeddings,
-            attention_mask=unread,
-            position_ids=positions,
-            use_cache=False,
-            shared_prompt=self,
-        ).last_hidden_state
+        return _read(self.decoder, embeddings, unread, positions, self)
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, **options: object
@@ -227,6 +188,13 @@ class PromptCache:
         found = (weights[..., :prompt].flatten(2, 3) @ prompt_values).unflatten(2, (self.group, -1))
         found = found + weights[..., prompt:] @ values  # [B,hk,G,q,d]
         return found.transpose(1, 2).flatten(2, 3)
+
+
+def _read(
+    decoder: PreTrainedModel, rows: Tensor, mask: Tensor, positions: Tensor, shared: PackedAnswers | PromptCache
+) -> Tensor:
+    options = {"attention_mask": mask, "position_ids": positions, "use_cache": False}
+    return decoder(inputs_embeds=rows, shared_prompt=shared, **options).last_hidden_state
 
 
 def _positions(known: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,41 +1,48 @@
 """Light checkpoints: what training changed, and nothing of the base (8 M values with LoRA and [SEG] rows, not 8.5 G).
 
-A folder with two files:
+A folder, of a run or of an export, with
 
-    trained.safetensors   every parameter that this or an earlier stage trained, and always text_hidden_fcs, learnable
-                          tokens and SAM's mask decoder, so that one file says how masks are made
-    trained.json          settings that the names depend on, names, digest of the other file
+    adapter_model.safetensors  every parameter that this or an earlier stage trained, and always text_hidden_fcs,
+                               learnable tokens and SAM's mask decoder, so that one file says how masks are made; in
+                               peft's own format, relative to `AuroraModel`
+    adapter_config.json        where there is LoRA: with it `PeftModel.from_pretrained(model, folder)` reads the file
+    trained.json               settings that the names depend on, where base and SAM came from, digest of the tensors
 
 Strict both ways: a tensor without a place in the model and a parameter that was or is trained without a tensor are
-errors. (The published test script loads with strict=False and reads no result, train_ds_test.py:243.) Under bf16 the
+errors. (The released test script loads with strict=False and reads no result, train_ds_test.py:243.) Under bf16 the
 tensors are the engine's bf16 weights; the optimiser's float32 copies belong to training checkpoints.
+
+`read_trained` also reads what earlier versions wrote (`FORMATS`), and a merged export, of which it takes the parts that
+a light checkpoint always holds.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from peft import LoraConfig
 from torch import Tensor, nn
 
-from configs.schema import TrainableConfig
+from configs.schema import ModelConfig, TrainableConfig
 from model.aurora.model import AuroraModel
-from model.aurora.trainable import MASK_DECODER, QUERIES, SEG_HEAD
+from model.aurora.trainable import MASK_DECODER, QUERIES, SEG_HEAD, is_adapter
 from utils.errors import WeightsError
-from utils.manifest import file_digest
-from utils.tensor_files import save_safetensors
+from utils.files import file_digest, write_json
+from utils.tensor_files import load_safetensors, write_safetensors
 
-TENSORS = "trained.safetensors"
-SETTINGS = "trained.json"
-FORMAT = 1
-EXPORT_FORMAT = 2
-"""`format` of the settings of an export (`model.aurora.export`), which can be read in a light checkpoint's place."""
+TENSORS, SETTINGS = "adapter_model.safetensors", "trained.json"
+FORMATS = (1, 2, 3)
+"""1: one file under our names, trained.safetensors. 2: exports, with head and mask decoder in files of their own. 3:
+this one, the only one that is written."""
+SEGMENTER = "segmenter.sam."
+SAM_FILES = ("sam.safetensors", "mask_decoder.safetensors")
+"""Files under SAM's own names: of merged exports, and of format 2."""
+PEFT_PREFIX = "base_model.model."
 SHOWN = 8
 """Names that an error spells out before it counts the rest."""
 SAME_SETTINGS = ("lora_rank", "lora_alpha", "seg_rows_only")
@@ -50,6 +57,9 @@ class Trained:
     trainable: TrainableConfig
     seg_token_id: int
     tensors: dict[str, Tensor]
+    """By the names of `AuroraModel`."""
+    origin: ModelConfig | None = None
+    """Where base and SAM came from; None for a model that was put together by hand."""
 
 
 def trained_names(model: AuroraModel) -> set[str]:
@@ -61,84 +71,95 @@ def trained_names(model: AuroraModel) -> set[str]:
     }
 
 
-def save_trained(model: AuroraModel, folder: str | Path, write: bool = True) -> None:
-    """Write the light checkpoint of `model`; each file appears whole, the settings last.
+def gather_trained(model: AuroraModel, folder: str | Path) -> Trained:
+    """The light checkpoint of `model` in CPU memory, for `folder`.
 
     Args:
         model: after `apply_trainable`; under ZeRO-3 its parameters are gathered one by one, so every rank must call.
-        folder: made if needed; an earlier checkpoint there is replaced.
-        write: whether this rank writes.
+        folder: where it will be written.
 
     Raises:
         RuntimeError: the model has no trainable settings.
     """
-    config = model.trainable_config
-    if config is None:
-        raise RuntimeError("save_trained: the model has no trainable settings; call apply_trainable first")
+    if model.trainable_config is None:
+        raise RuntimeError("the model has no trainable settings; call apply_trainable first")
     names = trained_names(model)
     tensors = {name: _whole(parameter) for name, parameter in model.named_parameters() if name in names}
+    return Trained(Path(folder), model.trainable_config, model.seg_token_id, tensors, model.origin)
+
+
+def save_trained(model: AuroraModel, folder: str | Path, write: bool = True) -> None:
+    """Write the light checkpoint of `model` (see `gather_trained`) into `folder`, if this rank is to write."""
+    trained = gather_trained(model, folder)
     if write:
-        write_trained(Trained(Path(folder), config, model.seg_token_id, tensors))
+        write_trained(trained)
 
 
 def write_trained(trained: Trained) -> None:
-    """Write a light checkpoint into its folder; each file appears whole, the settings last."""
-    folder, tensors = trained.folder, trained.tensors
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{TENSORS}.part"
-    save_safetensors(tensors, part)
-    settings = {
-        "format": FORMAT,
-        "trainable": trained.trainable.model_dump(mode="json"),
+    """Write a light checkpoint into its folder, in place of an earlier one; each file appears whole."""
+    trained.folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(trained.folder / TENSORS, {
+        PEFT_PREFIX + _peft_name(name): x[None] if name.endswith(".seg_row") else x
+        for name, x in trained.tensors.items()
+    })  # fmt: skip
+    adapted = {name.split(".lora_A.")[0] for name in trained.tensors if ".lora_A." in name}
+    if adapted:
+        rows = (name.removesuffix(".seg_row") for name in trained.tensors if name.endswith(".seg_row"))
+        LoraConfig(
+            r=trained.trainable.lora_rank,
+            lora_alpha=trained.trainable.lora_alpha,
+            lora_dropout=trained.trainable.lora_dropout,
+            target_modules=sorted(adapted),
+            trainable_token_indices={name: [trained.seg_token_id] for name in rows} or None,
+            base_model_name_or_path=trained.origin.base if trained.origin else None,
+            inference_mode=True,
+        ).save_pretrained(str(trained.folder))
+    write_settings(trained, [TENSORS])
+
+
+def write_settings(trained: Trained, files: Sequence[str]) -> None:
+    """Write trained.json, last of all: it holds the SHA-256 of the `files` that `read_trained` is to read."""
+    write_json(trained.folder / SETTINGS, {
+        "format": FORMATS[-1],
         "seg_token_id": trained.seg_token_id,
-        "sha256": file_digest(part),
-        "names": sorted(tensors),
-    }
-    (folder / f"{SETTINGS}.part").write_text(json.dumps(settings, indent=1) + "\n")
-    os.replace(part, folder / TENSORS)
-    os.replace(folder / f"{SETTINGS}.part", folder / SETTINGS)
+        "trainable": trained.trainable.model_dump(mode="json"),
+        "model": trained.origin and trained.origin.model_dump(mode="json"),
+        "sha256": {name: file_digest(trained.folder / name) for name in files},
+    })  # fmt: skip
 
 
 def read_trained(path: str | Path) -> Trained:
-    """Read a light checkpoint.
+    """Read a light checkpoint or an export.
 
     Args:
         path: its folder, or a run or checkpoint folder (see `find_trained`).
 
     Raises:
-        WeightsError: no checkpoint there, a file is damaged, or the two files do not belong together.
+        WeightsError: no checkpoint there, a file is damaged, or the files do not belong together.
     """
     folder = find_trained(path)
     try:
-        settings = json.loads((folder / SETTINGS).read_text())
-        version, digest = settings["format"], settings["sha256"]
-        if version == EXPORT_FORMAT:
-            return _read_export(folder, settings)
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        version, files, seg_token_id = (settings[name] for name in ("format", "sha256", "seg_token_id"))
         # JSON has lists where the strict schema wants tuples, hence the JSON mode.
         trainable = TrainableConfig.model_validate_json(json.dumps(settings["trainable"]))
-        seg_token_id = settings["seg_token_id"]
-    except WeightsError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
+        origin = settings.get("model") and ModelConfig.model_validate_json(json.dumps(settings["model"]))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{folder / SETTINGS}: not the settings of a light checkpoint ({error})") from error
-    if version != FORMAT:
-        raise WeightsError(f"{folder / SETTINGS}: format {version}, but this code reads format {FORMAT}")
-    if not (folder / TENSORS).is_file() or file_digest(folder / TENSORS) != digest:
-        raise WeightsError(
-            f"{folder / TENSORS}: missing, or not the file that {SETTINGS} describes (its SHA-256 differs). Remedy: "
-            "copy both files of one checkpoint, or save it again."
-        )
-    try:
-        tensors = load_file(folder / TENSORS)
-    except SafetensorError as error:
-        raise WeightsError(f"{folder / TENSORS}: not a safetensors file ({error})") from error
-    return Trained(folder, trainable, seg_token_id, tensors)
-
-
-def _read_export(folder: Path, settings: dict) -> Trained:
-    from model.aurora.export import read_export  # imported late: exports are made of what this module reads
-
-    return read_export(folder, settings)
+    if version not in FORMATS:
+        raise WeightsError(f"{folder / SETTINGS}: format {version}, but this code reads formats {FORMATS}")
+    tensors: dict[str, Tensor] = {}
+    for name, digest in (files if isinstance(files, dict) else {"trained.safetensors": files}).items():
+        if not (folder / name).is_file() or file_digest(folder / name) != digest:
+            raise WeightsError(
+                f"{folder / name}: missing, or not the file that {SETTINGS} describes (its SHA-256 differs). Remedy: "
+                "copy all files of one checkpoint, or save it again."
+            )
+        prefix = SEGMENTER if name in SAM_FILES else ""
+        stored = {prefix + _own_name(key): x for key, x in load_safetensors(folder / name).items()}
+        tensors |= {k: x for k, x in stored.items() if not prefix or k.startswith(MASK_DECODER)}
+    tensors = {name: x[0] if name.endswith(".seg_row") and x.dim() == 2 else x for name, x in tensors.items()}
+    return Trained(folder, trainable, seg_token_id, below_adapters(tensors), origin)
 
 
 def find_trained(path: str | Path) -> Path:
@@ -209,7 +230,7 @@ def load_trained(model: AuroraModel, source: str | Path | Trained) -> Trained:
     """
     trained = source if isinstance(source, Trained) else read_trained(source)
     check_fit(trained, model)
-    _copy(model, trained.tensors)
+    model.load_state_dict(trained.tensors, strict=False)
     model.loaded_names = model.loaded_names | trained.tensors.keys()
     return trained
 
@@ -229,20 +250,35 @@ def load_mask_decoder(model: AuroraModel, source: str | Path | Trained) -> None:
             f"{trained.folder}: its mask decoder differs from this model's in {different}. Remedy: use the same SAM "
             "and the same trainable.lora_targets in both runs."
         )
-    _copy(model, stored)
+    model.load_state_dict(stored, strict=False)
 
 
-@torch.no_grad()
-def _copy(model: AuroraModel, tensors: dict[str, Tensor]) -> None:
-    parameters = dict(model.named_parameters())
-    for name, tensor in tensors.items():
-        parameters[name].copy_(tensor)
+def below_adapters(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors; plain parameters of layers with LoRA among them are named below `.base_layer.`, as in peft."""
+    adapted = {name.split(".lora_")[0] for name in tensors if ".lora_A." in name}
+    plain = {name: name.rpartition(".") for name in tensors if not is_adapter(name)}
+    moved = {name: f"{layer}.base_layer.{last}" for name, (layer, _, last) in plain.items() if layer in adapted}
+    return {moved.get(name, name): tensor for name, tensor in tensors.items()}
+
+
+def _peft_name(name: str) -> str:
+    """Our name -> peft's."""
+    return re.sub(r"(\.lora_[AB])\.default\.", r"\1.", name).replace(
+        ".seg_row", ".token_adapter.trainable_tokens_delta"
+    )
+
+
+def _own_name(key: str) -> str:
+    """The inverse of `_peft_name`, prefix included; our names stay as they are."""
+    name = re.sub(r"(\.lora_[AB])\.(?!default\.)", r"\1.default.", key.removeprefix(PEFT_PREFIX))
+    return name.replace(".token_adapter.trainable_tokens_delta", ".seg_row")
 
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
+@torch.no_grad()
 def _whole(parameter: nn.Parameter) -> Tensor:
     """A copy on the CPU, gathered from all ranks where ZeRO-3 has partitioned it."""
     if not hasattr(parameter, "ds_id"):

@@ -22,14 +22,11 @@ from utils.types import Batch, MediaFeatures, MediaFormat, PackedInputs
 class Tower:
     """The way of one kind of media to the language model: a tower, then a projector, two modules of the backbone."""
 
-    kind: Literal["video", "audio"]
-    """Field of `MediaFeatures`."""
+    kind: Literal["video", "audio"]  # field of `MediaFeatures`
     tower: str
     projector: str
-    inputs: str
-    """Field of `Batch` that the tower reads."""
-    key: str
-    """Property of `Sample` that names these inputs: features of frozen towers are kept by it."""
+    inputs: str  # field of `Batch` that the tower reads
+    key: str  # property of `Sample` that names these inputs: features of frozen towers are kept by it
 
 
 class Backbone(nn.Module, ABC):

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,11 +34,12 @@ from transformers import (
 
 from model.backbones.base import Backbone, Tower, switch_checkpointing
 from model.backbones.videollama2 import splice
-from model.backbones.videollama2.shards import Checkpoint
+from model.backbones.videollama2.weights import Checkpoint, KeyCheck, Shape, write_shards
 from utils.tensor_files import TensorFileError, read_json
 from utils.types import AUDIO_PLACEHOLDER, VIDEO_PLACEHOLDER, Batch, MediaFormat, PackedInputs
 
-MODEL_TYPE = "qwen2_5_omni"
+MODEL_TYPES = ("qwen2_5_omni", "qwen2_5_omni_thinker")
+"""In config.json: the whole model as released; its thinker as transformers saves it."""
 RULES = (
     ("language_model.model.", "thinker.model."),
     ("language_model.lm_head.", "thinker.lm_head."),
@@ -103,7 +105,7 @@ class OmniConfig:
     def to_dict(self, dtype: str) -> dict[str, Any]:
         """The layout of the released config.json, without the parts that speak."""
         thinker = {**self.thinker.to_dict(), "dtype": dtype}
-        return {"model_type": MODEL_TYPE, "architectures": ["Qwen2_5OmniModel"], "dtype": dtype,
+        return {"model_type": MODEL_TYPES[0], "architectures": ["Qwen2_5OmniModel"], "dtype": dtype,
                 "enable_audio_output": False, "thinker_config": thinker}  # fmt: skip
 
     @property
@@ -129,7 +131,7 @@ class OmniConfig:
         return ((mel_frames - 1) // 2 - 1) // 2 + 1
 
     def tower_bytes(self, clips: int, frames: int, mel_frames: int, itemsize: int, eager: bool) -> dict[str, int]:
-        """Height of each tower's memory without gradient, by name, for `scripts/plan_memory.py`."""
+        """Bytes that each tower needs without gradient, by name."""
         vision, audio = self.thinker.vision_config, self.thinker.audio_config
         patches = clips * self.video_tokens(frames) * vision.spatial_merge_size**2
         frame, sounds = patches // (clips * -(-frames // vision.temporal_patch_size)), clips * mel_frames // 2
@@ -274,13 +276,15 @@ class QwenOmni(Backbone):
     def __init__(self, config: OmniConfig, attention: str = "sdpa") -> None:
         super().__init__()
         self.config = config
-        settings = Qwen2_5OmniThinkerConfig.from_dict(config.thinker.to_dict(), attn_implementation=attention)
+        settings = deepcopy(config.thinker)  # modules note their attention in it
         thinker = Qwen2_5OmniThinkerForConditionalGeneration(settings)
         # Until transformers 5.20 the towers stood beside the decoder, not in one model with it.
         holder = thinker.model if hasattr(thinker.model, "visual") else thinker
         self.language_model = OmniLanguageModel(getattr(holder, "language_model", thinker.model), thinker.lm_head)
         self.vision_tower, self.mm_projector = holder.visual, nn.Identity()
         self.audio_tower, self.mm_projector_a = holder.audio_tower, nn.Identity()
+        for part in (self.language_model, self.vision_tower, self.audio_tower):
+            part.set_attn_implementation(attention)
         self.decoder.rotary_emb = SteadyRotary(self.decoder.rotary_emb)
         self.vision_tower.rotary_pos_emb = SteadyRotary(self.vision_tower.rotary_pos_emb)
         self.media_format = MediaFormat(
@@ -368,19 +372,30 @@ def to_released(name: str) -> str:
     return next(theirs + name.removeprefix(ours) for ours, theirs in RULES if name.startswith(ours))
 
 
-def expected_keys(config: OmniConfig) -> dict[str, tuple[int, ...]]:
-    """Every released name that is read, with its shape (allocates nothing)."""
-    with torch.device("meta"):
-        return {to_released(name): tuple(x.shape) for name, x in QwenOmni(config).state_dict().items()}
+def check_keys(stored: Mapping[str, Shape], model: QwenOmni, complete: bool = False) -> list[KeyCheck]:
+    """Explain every released name that is stored or expected, expected ones first.
+
+    Args:
+        stored: names of a checkpoint with their shapes.
+        model: on any device.
+        complete: nothing is tolerated (before saving).
+    """
+    expected = {to_released(name): tuple(x.shape) for name, x in model.state_dict().items()}
+    checks = []
+    for name in [*expected, *sorted(stored.keys() - expected.keys())]:
+        have, need = stored.get(name), expected.get(name)
+        if need is None and SPEECH.match(name) and not complete:
+            checks.append(KeyCheck(name, "tolerated", have, need, "makes speech; left unread"))
+        elif have is None or need is None:
+            checks.append(KeyCheck(name, "missing" if have is None else "unexpected", have, need))
+        else:
+            checks.append(KeyCheck(name, "loaded" if have == need else "shape", have, need))
+    return checks
 
 
-def key_problems(stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """A line for every name that is missing, of another shape, or unexpected; [] if all fit."""
-    lines = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in stored]
-    lines += [f"shape: {name} is {stored[name]}, the config asks for {shape}"
-              for name, shape in expected.items() if stored.get(name, shape) != shape]  # fmt: skip
-    return lines + [f"unexpected: {name} {stored[name]}" for name in stored.keys() - expected.keys()
-                    if not SPEECH.match(name)]  # fmt: skip
+def check_folder(config: OmniConfig, folder: str | Path) -> list[KeyCheck]:
+    """`check_keys` of a folder's weights; reads no tensor of safetensors."""
+    return check_keys(Checkpoint(folder).shapes, _empty(config))
 
 
 def load_backbone(
@@ -403,19 +418,39 @@ def load_backbone(
     Raises:
         TensorFileError: a file is missing or damaged, or names and shapes do not fit (all listed).
     """
-    config = OmniConfig.from_folder(folder)
-    with torch.device("meta"):
-        model = QwenOmni(config, attention)
-    expected = {to_released(name): tuple(x.shape) for name, x in model.state_dict().items()}
-    with Checkpoint(folder, device) as checkpoint:
-        problems = key_problems(checkpoint.shapes, expected)
-        if problems:
-            listed = "\n  ".join(problems)
-            raise TensorFileError(f"{folder}: {len(problems)} keys do not fit what config.json describes:\n  {listed}")
-        state = {from_released(name): checkpoint.get(name) for name in expected}
-        unread = sorted(set(checkpoint) - expected.keys())
-    if dtype is not None:
-        state = {name: x.to(dtype) for name, x in state.items()}
+    model, checkpoint = _empty(OmniConfig.from_folder(folder), attention), Checkpoint(folder, device)
+    checks = check_keys(checkpoint.shapes, model)
+    _refuse(checks, folder)
+    read = (check.name for check in checks if check.status == "loaded")
+    state = {from_released(name): checkpoint.get(name).to(dtype=dtype) for name in read}
     model.load_state_dict(state, strict=True, assign=True)
     model.reset_buffers(device)
-    return model.eval(), unread
+    return model.eval(), [check.name for check in checks if check.status == "tolerated"]
+
+
+def export_state(config: OmniConfig, state: Mapping[str, Tensor], folder: str | Path, dtype: str) -> list[Path]:
+    """Write config.json and safetensors shards of the thinker under the released names.
+
+    Args:
+        config: sizes.
+        state: our names, complete, without adapters.
+        folder: made if needed.
+        dtype: name of the weights' type, noted in config.json.
+
+    Raises:
+        TensorFileError: names or shapes are not exactly those of the config (all listed).
+    """
+    tensors = {to_released(name): tensor.contiguous() for name, tensor in state.items()}
+    _refuse(check_keys({name: tuple(x.shape) for name, x in tensors.items()}, _empty(config), complete=True), folder)
+    return write_shards(tensors, config.to_dict(dtype), Path(folder))
+
+
+def _empty(config: OmniConfig, attention: str = "sdpa") -> QwenOmni:
+    with torch.device("meta"):
+        return QwenOmni(config, attention)
+
+
+def _refuse(checks: Sequence[KeyCheck], folder: str | Path) -> None:
+    if faults := [check for check in checks if check.is_fault]:
+        listed = "".join(f"\n  {fault}" for fault in faults)
+        raise TensorFileError(f"{folder}: {len(faults)} keys do not fit the model that config.json describes:{listed}")

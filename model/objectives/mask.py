@@ -9,7 +9,7 @@ then mean over the queries, so that a clip with few frames or at another size we
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,14 +22,11 @@ DICE_EPS = 1e-6
 """Smoothing of Dice, added after the division by DICE_SCALE: about a thousandth of a pixel."""
 
 
-@dataclass(frozen=True)
-class MaskLosses:
+class MaskLosses(NamedTuple):
     """The two mask losses of a batch, not yet weighted."""
 
-    bce: Tensor
-    """float32 scalar"""
-    dice: Tensor
-    """float32 scalar"""
+    bce: Tensor  # float32 scalar
+    dice: Tensor  # float32 scalar
 
 
 def mask_bce(logits: Tensor, targets: Tensor) -> Tensor:

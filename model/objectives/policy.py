@@ -8,8 +8,7 @@ is True at the tokens of an answer. Everything is float32. The released code has
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,16 +21,12 @@ CHUNK = 256
 """Tokens whose logits exist at a time: 156 MB in float32 at 152,064 words."""
 
 
-@dataclass(frozen=True)
-class GroupAdvantages:
+class GroupAdvantages(NamedTuple):
     """What a group of answers says of each of its members."""
 
-    values: Tensor
-    """float32 [R]"""
-    std: Tensor
-    """float32 [B]: unbiased standard deviation of each group's rewards (Figure 9)."""
-    zero_variance: Tensor
-    """bool [B]: all answers of the group have the same reward, so that it teaches nothing."""
+    values: Tensor  # float32 [R]
+    std: Tensor  # float32 [B]: unbiased standard deviation of each group's rewards (Figure 9)
+    zero_variance: Tensor  # bool [B]: all answers of the group have the same reward, so that it teaches nothing
 
 
 def group_advantages(rewards: Tensor, group: int, kind: Advantage = "std", eps: float = 1e-4) -> GroupAdvantages:
@@ -41,17 +36,10 @@ def group_advantages(rewards: Tensor, group: int, kind: Advantage = "std", eps: 
         mean           r - mean                                   no bias towards groups that nearly agree
         leave_one_out  r - mean of the other answers = G/(G-1) * (r - mean)
 
-    Args:
-        rewards: [R], R a multiple of `group`.
-        group: G >= 2.
-        kind: see above.
-        eps: added to the std.
-
-    Returns:
-        GroupAdvantages; exactly 0 in a group whose rewards are all equal, whatever the rounding of its mean.
+    They are exactly 0 in a group whose rewards are all equal, whatever the rounding of its mean.
 
     Raises:
-        ValueError: a group of one, a number of rewards that G does not divide, or an unknown kind.
+        ValueError: a group of one, a number of rewards [R] that G does not divide, or an unknown kind.
     """
     if group < 2 or rewards.dim() != 1 or len(rewards) % group:
         raise ValueError(f"rewards of shape {tuple(rewards.shape)} in groups of {group}: G >= 2 must divide R")
@@ -69,22 +57,18 @@ def group_advantages(rewards: Tensor, group: int, kind: Advantage = "std", eps: 
     return GroupAdvantages(centred.flatten(), std, equal)
 
 
-@dataclass(frozen=True)
-class Surrogate:
+class Surrogate(NamedTuple):
     """The clipped objective per token, as a loss."""
 
-    loss: Tensor
-    """float32 [R,L]: -min(r A, clip(r, 1 - eps, 1 + eps_high) A)."""
-    clipped: Tensor
-    """bool [R,L]: the clipped branch is the smaller one, so that the token gets no gradient."""
+    loss: Tensor  # float32 [R,L]: -min(r A, clip(r, 1 - eps, 1 + eps_high) A)
+    clipped: Tensor  # bool [R,L]: the clipped branch is the smaller one, so that the token gets no gradient
 
 
 def clipped_surrogate(log_probs: Tensor, old: Tensor, advantages: Tensor, eps: float, eps_high: float) -> Surrogate:
     """Eq. 5 without its means and its KL.
 
     Args:
-        log_probs: [R,L] under the policy that is trained.
-        old: [R,L] under the policy that drew the answers, without gradient.
+        log_probs, old: [R,L] under the policy that is trained, and under the one that drew, without gradient.
         advantages: [R], the same for all tokens of an answer.
         eps, eps_high: the ratio r = exp(log_probs - old) is clipped to [1 - eps, 1 + eps_high] (DAPO: eps_high > eps).
 
@@ -144,11 +128,8 @@ def token_log_probs(
     a [SEG] row of its own and ZeRO-3 work.
 
     Args:
-        head: [n,D] -> [n,V] logits.
-        hidden: [N,D], the states that predict `token_ids`.
-        token_ids: int64 [N].
-        temperature: the logits are divided by it, as in sampling.
-        chunk: rows at a time.
+        head: [n,D] -> [n,V] logits, which are divided by `temperature`, as in sampling.
+        hidden, token_ids: [N,D] the states that predict int64 [N].
 
     Returns:
         float32 [N] log-probabilities with gradient, float32 [N] entropies in nats without.

@@ -17,6 +17,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,17 +31,12 @@ from utils.types import Sample
 class Judged:
     """One sampled answer, with all that a reward may read."""
 
-    text: str
-    """The decoded answer without <|im_end|>."""
-    sample: Sample
-    """The clip and reference it answers, with `class_name`, `masks`, `truth`."""
-    iou: float
-    """`frame_iou` of its mask; 0 without [SEG]."""
+    text: str  # the decoded answer without <|im_end|>
+    sample: Sample  # the clip and reference it answers, with `class_name`, `masks`, `truth`
+    iou: float  # `frame_iou` of its mask; 0 without [SEG]
     has_seg: bool
-    truncated: bool
-    """Cut at the length limit."""
-    tokens: int
-    """Length, <|im_end|> included."""
+    truncated: bool  # cut at the length limit
+    tokens: int  # length, <|im_end|> included
 
 
 Reward = Callable[[Judged], float]
@@ -87,21 +83,17 @@ def names_class(text: str, class_name: str) -> bool:
 BUILTIN: Mapping[str, Reward] = {"format": format_reward, "iou": iou_reward, "class": class_reward}
 
 
-@dataclass(frozen=True)
-class Rewards:
+class Rewards(NamedTuple):
     """Rewards of R answers."""
 
-    total: Tensor
-    """float32 [R]: sum of coefficient times reward."""
-    parts: dict[str, Tensor]
-    """Name -> float32 [R], not multiplied."""
+    total: Tensor  # float32 [R]: sum of coefficient times reward
+    parts: dict[str, Tensor]  # name -> float32 [R], not multiplied
 
 
 def load_rewards(weights: Mapping[str, float], module: str | None, class_scoring: str = "exact") -> dict[str, Reward]:
-    """The functions that `weights` names, in its order.
+    """The functions that `weights` (coefficient by name) names, in its order.
 
     Args:
-        weights: coefficient by name.
         module: "package.module", whose functions of those names are the rewards that are not built in; or
             "package.module:function", which gives that function alone under its own name.
         class_scoring: "exact" or "released", for the reward `class`.
@@ -147,28 +139,21 @@ def score(answers: Sequence[Judged], rewards: Mapping[str, Reward], weights: Map
     Raises:
         ValueError: a reward that is not a finite number; names the reward and the row.
     """
-    parts = {name: torch.tensor([_finite(name, reward, a) for a in answers]) for name, reward in rewards.items()}
-    total = torch.zeros(len(answers))
-    for name, values in parts.items():
+    total, parts = torch.zeros(len(answers)), {}
+    for name, reward in rewards.items():
+        values = parts[name] = torch.tensor([float(reward(answer)) for answer in answers])
+        for answer, value in zip(answers, values.tolist(), strict=True):
+            if not math.isfinite(value):
+                raise ValueError(f"reward {name} of an answer about row {answer.sample.row} is {value}: must be finite")
         total = total + weights[name] * values
     return Rewards(total, parts)
-
-
-def _finite(name: str, reward: Reward, answer: Judged) -> float:
-    value = float(reward(answer))
-    if not math.isfinite(value):
-        raise ValueError(f"reward {name} of an answer about row {answer.sample.row} is {value}: must be finite")
-    return value
 
 
 def frame_iou(logits: Tensor, masks: Tensor) -> float:
     """Mean over frames of the IoU at probability 0.5; a frame without an object scores its share of empty pixels.
 
-    The J of `utils.metrics` for one row at native size (protocol per_expression), computed where the logits are.
-
-    Args:
-        logits: [T,H,W] of any float type.
-        masks: bool [T,H,W].
+    The J of `utils.metrics` for one row at native size (protocol per_expression), computed where the logits [T,H,W]
+    are; masks are bool [T,H,W].
 
     Raises:
         ValueError: shapes disagree.

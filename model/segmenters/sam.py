@@ -14,6 +14,8 @@ the package leaves to its caller:
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -24,14 +26,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.segmenters.base import Segmenter
-from model.segmenters.sam_weights import read_sam_file, refuse_sam, resample_position_tables
-from utils.errors import ConfigError, Problem
+from utils.errors import ConfigError, Problem, WeightsError
+from utils.tensor_files import load_safetensors, load_state
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 """Mean of R, G, B in 0..255 that the frames were normalised by (segment_anything/build_sam.py:99)."""
 
 PIXEL_STD = (58.395, 57.12, 57.375)
 """Standard deviation likewise (segment_anything/build_sam.py:100)."""
+
+POSITION_TABLE = "image_encoder.pos_embed"
+RELATIVE_TABLE = "image_encoder.blocks.{}.attn.rel_pos_{}"
 
 ATTENTION_VALUES = 2**30
 """Attention values that `Segmenter.encode` holds at once: 2 GiB in bfloat16, 4 frames of ViT-H at 1024 pixels."""
@@ -183,7 +188,7 @@ class SamSegmenter(Segmenter):
 
 
 def build_segmenter(sam_type: str, image_size: int, checkpoint: str | Path | None = None) -> SamSegmenter:
-    """Build SAM and load its weights.
+    """Build SAM and load its weights strictly.
 
     Args:
         sam_type: vit_h, vit_l, vit_b, or the path of a JSON with the fields of `SamSizes`.
@@ -192,7 +197,7 @@ def build_segmenter(sam_type: str, image_size: int, checkpoint: str | Path | Non
 
     Raises:
         ConfigError: an unknown type, or an image size that is no multiple of the patch.
-        WeightsError: the checkpoint is missing or does not fit.
+        WeightsError: the checkpoint is missing or does not fit, see `read_sam`.
     """
     if sam_type not in SAM_SIZES and not Path(sam_type).is_file():
         remedy = f"give one of {', '.join(SAM_SIZES)} or an existing JSON of sizes"
@@ -203,22 +208,91 @@ def build_segmenter(sam_type: str, image_size: int, checkpoint: str | Path | Non
         raise ConfigError([Problem("model.sam_image_size", image_size, rule, "use 1024 or 224 with the released SAM")])
     segmenter = SamSegmenter(assemble_sam(sizes, image_size), sizes)
     if checkpoint is not None:
-        load_sam_weights(segmenter, checkpoint)
+        segmenter.sam.load_state_dict(read_sam(segmenter, checkpoint))
+        _refresh_dense_pe(segmenter)
     return segmenter.eval()
 
 
-def load_sam_weights(segmenter: SamSegmenter, checkpoint: str | Path) -> None:
-    """Load released SAM weights strictly, resampling the position tables where the image size differs.
+def read_sam(segmenter: SamSegmenter, checkpoint: str | Path) -> dict[str, Tensor]:
+    """The state of `segmenter.sam` in a checkpoint, its position tables resampled to the segmenter's image size.
 
     Raises:
-        WeightsError: no such file, neither .pth nor .safetensors, damaged, or holding more than tensors; missing,
-            unexpected or misshapen keys, all of them named.
+        WeightsError: see `read_sam_file`; or missing, unexpected or misshapen keys, all of them named.
     """
-    expected = segmenter.sam.state_dict()
-    state = read_sam_file(checkpoint)
-    refuse_sam(state, expected, segmenter.sizes, SAM_SIZES, checkpoint)
-    segmenter.sam.load_state_dict(resample_position_tables(state, expected, segmenter.sizes.global_blocks))
-    _refresh_dense_pe(segmenter)
+    state, expected, sizes = read_sam_file(checkpoint), segmenter.sam.state_dict(), segmenter.sizes
+    if problems := sam_problems(state, segmenter):
+        kind = recognise(state)
+        here = next((name for name, other in SAM_SIZES.items() if other == sizes), "a SAM of its own sizes")
+        guess = f"; the file holds {kind}, the model is {here}. Remedy: set model.sam_type: {kind}" if kind else ""
+        listed = "\n  ".join(problems)
+        raise WeightsError(f"{checkpoint} does not fit this SAM (check model.sam_type){guess}:\n  {listed}")
+    for key in position_tables(sizes.global_blocks):
+        wanted = expected[key].shape
+        if state[key].shape != wanted:
+            absolute = key == POSITION_TABLE
+            state[key] = (resample_grid(state[key], wanted[1:3]) if absolute
+                          else resample_relative(state[key], wanted[0]))  # fmt: skip
+    return state
+
+
+def read_sam_file(checkpoint: str | Path) -> dict[str, Tensor]:
+    """The tensors of a .pth or .safetensors file, read without running any code that it may hold.
+
+    Raises:
+        WeightsError: no such file, another ending, damaged, or holding more than tensors.
+    """
+    path = Path(checkpoint)
+    if not path.is_file():
+        raise WeightsError(f"model.sam_checkpoint = {path}: does not exist. Remedy: download it, or correct the path.")
+    if path.suffix not in (".safetensors", ".pth"):
+        raise WeightsError(f"model.sam_checkpoint = {path}: must end in .pth or .safetensors")
+    return load_safetensors(path) if path.suffix == ".safetensors" else load_state(path)
+
+
+def sam_problems(state: Mapping[str, Tensor], segmenter: SamSegmenter) -> list[str]:
+    """Every key that is missing, unexpected or of another shape; tables that can be resampled may differ in length."""
+    expected, tables = segmenter.sam.state_dict(), position_tables(segmenter.sizes.global_blocks)
+
+    def fits(stored: Tensor, wanted: Tensor, is_table: bool) -> bool:
+        if is_table:
+            return stored.dim() == wanted.dim() and stored.shape[-1] == wanted.shape[-1]
+        return stored.shape == wanted.shape
+
+    problems = [f"missing {key}" for key in expected if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in expected]
+    return problems + [
+        f"{key} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in state and not fits(state[key], value, key in tables)
+    ]
+
+
+def recognise(state: Mapping[str, Tensor]) -> str | None:
+    """Name of the released SAM whose encoder has the width and depth of `state`, None without one."""
+    table = state.get(POSITION_TABLE)
+    if table is None or table.dim() != 4:
+        return None
+    blocks = {m.group(1) for key in state if (m := re.match(r"image_encoder\.blocks\.(\d+)\.", key))}
+    found = (table.shape[-1], len(blocks))
+    return next((name for name, s in SAM_SIZES.items() if (s.encoder_width, s.encoder_depth) == found), None)
+
+
+def position_tables(global_blocks: tuple[int, ...]) -> set[str]:
+    """Names of the tables whose length follows from the image size; those of windowed blocks depend on the window."""
+    return {POSITION_TABLE} | {RELATIVE_TABLE.format(block, axis) for block in global_blocks for axis in "hw"}
+
+
+def resample_grid(table: Tensor, size: tuple[int, int]) -> Tensor:
+    """Absolute positions [1,h,w,D] on a grid of another size, bicubic as in the released code."""
+    channels_first = table.permute(0, 3, 1, 2).float()
+    moved = F.interpolate(channels_first, tuple(size), mode="bicubic", align_corners=False)
+    return moved.permute(0, 2, 3, 1).contiguous().to(table.dtype)
+
+
+def resample_relative(table: Tensor, length: int) -> Tensor:
+    """Relative positions [2h-1, D/heads] at another length: an image of unchanged width, bicubic likewise."""
+    image = table[None, None].float()
+    return F.interpolate(image, (length, table.shape[1]), mode="bicubic", align_corners=False)[0, 0].to(table.dtype)
 
 
 def assemble_sam(sizes: SamSizes, image_size: int) -> Sam:

@@ -36,13 +36,10 @@ class Stage(ABC):
         tokenizer: for stages that write or read text.
     """
 
-    updates = 1
-    """Optimiser steps on each prepared batch."""
+    updates = 1  # optimiser steps on each prepared batch
 
     def __init__(self, config: RunConfig, engine: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        self.config = config
-        self.engine = engine
-        self.tokenizer = tokenizer
+        self.config, self.engine, self.tokenizer = config, engine, tokenizer
 
     @property
     def model(self) -> AuroraModel:
@@ -73,14 +70,11 @@ class Prepared:
 
     batch: Batch
     packed: PackedInputs
-    frame_index: Tensor | None
-    """int64 [B,k] frames that get a mask loss; None = all T."""
-    teacher_features: Tensor | None = None
-    """[B,C] f_t of paper eq. 2, or None without distillation."""
+    frame_index: Tensor | None  # int64 [B,k] frames that get a mask loss; None = all T
+    teacher_features: Tensor | None = None  # [B,C] f_t of paper eq. 2, or None without distillation
     media: MediaFeatures | None = None
     """Video and sound as they were encoded for the teacher; None = encoded in the loss."""
-    answers: None = None
-    """A supervised stage draws none."""
+    answers: None = None  # a supervised stage draws none
 
 
 class SupervisedStage(Stage):
@@ -143,14 +137,10 @@ def query_mask_losses(
 
     Args:
         model: gives the segmenter's upscaling.
-        mask_logits: [Q,T or k,4h,4w].
-        clip_of_query: int64 [Q].
+        mask_logits, clip_of_query: [Q,T or k,4h,4w] and int64 [Q].
         batch: B clips with masks at native size.
         frame_index: int64 [B,k], as given to the forward; None = all frames.
         longest: long side in pixels at which the losses are computed (`loss.mask_side`); None = native, as released.
-
-    Returns:
-        MaskLosses, zero where there is no query.
     """
     logits, targets = [], []
     for low, clip in zip(mask_logits, clip_of_query.tolist(), strict=True):

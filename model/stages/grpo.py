@@ -55,25 +55,18 @@ class Rollouts:
     """B clips with G judged answers each, R = B * G; answer a belongs to clip a // G."""
 
     batch: Batch
-    media: MediaFeatures
-    """Features made without gradient; those of frozen towers serve the loss too."""
+    media: MediaFeatures  # features made without gradient; those of frozen towers serve the loss too
     packed: GroupInputs
     answers: Generation
     judged: list[Judged]
-    masks: Tensor
-    """[Q,T,4h,4w] low-resolution mask logits of the queries of `answers`."""
+    masks: Tensor  # [Q,T,4h,4w] low-resolution mask logits of the queries of `answers`
     rewards: Rewards
     advantages: GroupAdvantages
-    trained: Tensor
-    """bool [R]: answers in the policy loss (all, or those not truncated)."""
-    supervised: Tensor
-    """bool [R]: answers whose masks are trained."""
-    frame_index: Tensor | None
-    """int64 [B,k] frames with a mask loss; None = all T."""
-    reference: Tensor | None
-    """float32 [R,L] log-probabilities under the policy of the stage's start; None at beta 0."""
-    old_log_probs: Tensor | None = None
-    """float32 [R,L]: kept by the first loss."""
+    trained: Tensor  # bool [R]: answers in the policy loss (all, or those not truncated)
+    supervised: Tensor  # bool [R]: answers whose masks are trained
+    frame_index: Tensor | None  # int64 [B,k] frames with a mask loss; None = all T
+    reference: Tensor | None  # float32 [R,L] log-probabilities under the policy of the stage's start; None at beta 0
+    old_log_probs: Tensor | None = None  # float32 [R,L]: kept by the first loss
     tokens_per_second: float | None = None
     """Tokens of the answers of all processes over the time since the answers before, training on those included; None
     for the first."""

@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from dataset.refavs import NULL_CLASS, RefAvsIndex, Row, Split  # noqa: E402 - the project's root must be on the path first
-from utils.errors import AuroraError, DataError  # noqa: E402
-from utils.results import write_json  # noqa: E402
+from utils.errors import DataError, run_command  # noqa: E402
+from utils.files import write_json  # noqa: E402
 from utils.tables import Cell, format_table  # noqa: E402
 
 JUDGED = (Split.VAL, Split.TEST_S, Split.TEST_U, Split.TEST_N)
@@ -119,14 +119,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder with metadata.csv")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     options = parser.parse_args(arguments)
-    try:
-        index = RefAvsIndex(options.data)
-        learned = index.rows(Split.TRAIN)
-        if not learned:
-            raise DataError(f"{index.table}: no row of split train. Remedy: use the whole table.")
-    except AuroraError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+    return run_command(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Learn from the training rows, score the others, print and write the table."""
+    index = RefAvsIndex(options.data)
+    learned = index.rows(Split.TRAIN)
+    if not learned:
+        raise DataError(f"{index.table}: no row of split train. Remedy: use the whole table.")
     table: list[list[Cell]] = []
     kept: dict[str, dict[str, object]] = {}
     for full_stop in (True, False):
@@ -141,7 +142,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("percent; S of a model that trusts this baseline and marks every pixel of the other clips (100: no help)")
     if options.json is not None:
         write_json(options.json, {"data": str(options.data), "learned": len(learned), "scores": kept})
-    return 0
 
 
 if __name__ == "__main__":

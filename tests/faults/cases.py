@@ -106,7 +106,7 @@ def _training(folder: Path, stage: str, *overrides: str) -> Case:
     def files(run: Path) -> dict[str, bytes]:
         rows = [{k: v for k, v in row.items() if not any(clock in k for clock in CLOCKS)}
                 for row in _rows(run / "metrics.jsonl")]  # fmt: skip
-        found = {name: (run / "final" / name).read_bytes() for name in ("trained.safetensors", "trained.json")}
+        found = {name: (run / "final" / name).read_bytes() for name in ("adapter_model.safetensors", "trained.json")}
         samples = run / "samples.jsonl"
         found["samples.jsonl"] = samples.read_bytes() if samples.exists() else b""
         return {**found, "metrics.jsonl": json.dumps(rows).encode()}

@@ -32,7 +32,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from tests.faults.cases import Case, cases, prepare, write_failures  # noqa: E402 - the project's root must come first
 from tests.faults.lives import Life, draw_kill, live  # noqa: E402
-from utils.results import write_json  # noqa: E402
+from utils.files import write_json  # noqa: E402
 
 
 @dataclass
