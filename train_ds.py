@@ -92,8 +92,7 @@ def run(config: RunConfig, fresh: bool = False) -> None:
     distributed.seed_everything(config.seed)  # the same on every process while weights are made
     tokenizer, seg_id = load_tokenizer(config.model.base, config.model.seg_token)
     model = build_model(config, len(tokenizer), seg_id, device)
-    sizes = model.backbone.config
-    processor = build_processor(config, tokenizer, sizes.vision.image_size, sizes.beats.mel_bins)
+    processor = build_processor(config, tokenizer, model.backbone.media_format)
     clips = training_clips(config, processor, build_prompts(config.model, tokenizer, seg_id))
     counts = component_counts(model)
     total = total_count(counts)

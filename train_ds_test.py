@@ -108,8 +108,7 @@ def run(config: RunConfig, stage: str) -> dict[str, Any]:
     logger = setup_logging()
     tokenizer, seg_id = load_tokenizer(config.model.base, config.model.seg_token)
     model = build_model(config, len(tokenizer), seg_id, device)
-    sizes = model.backbone.config
-    processor = build_processor(config, tokenizer, sizes.vision.image_size, sizes.beats.mel_bins)
+    processor = build_processor(config, tokenizer, model.backbone.media_format)
     prompts = build_prompts(config.model, tokenizer, seg_id)
     index = build_index(config.data)
     given = config.data.answer if stage == "teacher" else None

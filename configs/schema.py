@@ -117,6 +117,8 @@ class DataConfig(Section):
         "audio tokens); null = none (10 s: 496 tokens)", "seconds", "released code utils/dataset.py:127", gt=0)
     frame_resize: Literal["warp", "pad"] = field("warp", "frames to the vision tower's square: stretched, or padded "
         "first", "name", "released code train_ds.py:177")
+    frame_size: int | None = field(None, "side of the square frames, for a base that takes several (Qwen2.5-Omni: "
+        "multiples of 28); null = its own", "pixels", "our choice: the size the base was made for", ge=14)
     num_frames: int | None = field(None, "frames read per clip, evenly spaced; null = all on disk (10)", "frames",
         "released code train_ds.py:175", ge=1)
     answer: Literal["reasoning", "conclusion", "class", "plain"] = field("reasoning", 'target text: "{reasoning} It is '

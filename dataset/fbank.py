@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from transformers.audio_utils import mel_filter_bank
 
 SAMPLE_RATE = 16_000
 WINDOW = 400
@@ -61,6 +62,39 @@ def kaldi_fbank(wave: Tensor, mel_bins: int = 128, samples: int | None = None) -
     missing = max(0, (sounding - 1) * SHIFT + WINDOW - len(wave))
     energies = _log_mel(torch.nn.functional.pad(wave, (0, missing)), sounding, mel_bins)
     return torch.nn.functional.pad(energies, (0, 0, 0, frames - sounding), value=LOG_FLOOR)
+
+
+def whisper_log_mel(wave: Tensor, mel_bins: int = 128) -> Tensor:
+    """Whisper's log-mel spectrogram of a mono sound, as Qwen2.5-Omni hears it.
+
+    Equal to the valid frames of transformers' `WhisperFeatureExtractor` whatever length that pads to: a frame of 10 ms
+    for every 160 samples begun, 80 dB below the loudest cut off, about [-1, 1.5].
+
+    Args:
+        wave: float32 [samples] in about [-1, 1], 16 kHz.
+        mel_bins: K; Slaney's triangles from 0 to 8000 Hz.
+
+    Returns:
+        float32 [F,K]
+
+    Raises:
+        ValueError: not one-dimensional float32, or shorter than one window.
+    """
+    if wave.ndim != 1 or wave.dtype != torch.float32 or len(wave) < WINDOW:
+        raise ValueError(f"wave: {wave.dtype} {list(wave.shape)}; must be float32 [samples], {WINDOW} or more.")
+    # The last frames see the silence that the extractor pads with, not the sound mirrored at its end.
+    padded = torch.nn.functional.pad(wave, (0, WINDOW))
+    spectrum = torch.stft(padded, WINDOW, SHIFT, window=torch.hann_window(WINDOW), return_complex=True)
+    log = (_slaney(mel_bins).T @ (spectrum.abs() ** 2)).clamp(min=1e-10).log10()
+    log = (torch.maximum(log, log.max() - 8.0) + 4.0) / 4.0
+    return log[:, : math.ceil(len(wave) / SHIFT)].T.contiguous()
+
+
+@lru_cache(maxsize=4)
+def _slaney(mel_bins: int) -> Tensor:
+    """float32 [201,K]"""
+    filters = mel_filter_bank(1 + WINDOW // 2, mel_bins, 0.0, 8000.0, SAMPLE_RATE, norm="slaney", mel_scale="slaney")
+    return torch.from_numpy(filters).float()
 
 
 def layout_clips(wave: Tensor, windows: int = 10, seconds: float = 1.0, sample_rate: int = SAMPLE_RATE) -> Tensor:

@@ -29,8 +29,8 @@ from dataset.processor import AuroraProcessor, collate
 from dataset.prompt import Prompts
 from dataset.records import read_cot, read_reflective
 from dataset.refavs import RefAvsIndex
-from utils.errors import DataError
-from utils.types import Batch, Sample
+from utils.errors import ConfigError, DataError, Problem
+from utils.types import Batch, MediaFormat, Sample
 
 _log = logging.getLogger("aurora.data")
 
@@ -39,26 +39,44 @@ _log = logging.getLogger("aurora.data")
 
 
 def build_processor(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, vision_size: int, mel_bins: int
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, media: MediaFormat
 ) -> AuroraProcessor:
     """Preprocessing of a run.
 
     Args:
         config: the run; gives SAM's input size and the sections of frames and sound.
         tokenizer: of the base.
-        vision_size: side of the vision tower's input, pixels.
-        mel_bins: of the audio tower.
+        media: what the base reads (`Backbone.media_format`).
+
+    Raises:
+        ConfigError: data.frame_size or data.audio_padding_seconds do not suit the base.
     """
+    side, step = config.data.frame_size or media.frame_size, media.frame_step
+    problems = []
+    if side % step if step else side != media.frame_size:
+        rule = f"this base takes frames of {f'any multiple of {step}' if step else media.frame_size} pixels"
+        problems.append(Problem("data.frame_size", side, rule, f"set it to null ({media.frame_size}) or such a size"))
+    padding = config.data.audio_padding_seconds
+    if media.sound == "log_mel" and padding is not None:
+        rule = "this base places frames in time by the length of the sound, which silence behind it would stretch"
+        problems.append(Problem("data.audio_padding_seconds", padding, rule, "set it to null"))
+    if problems:
+        raise ConfigError(problems)
     return AuroraProcessor(
         tokenizer,
-        vision_size,
+        side,
         config.model.sam_image_size,
-        mel_bins,
+        media.mel_bins,
         config.data.audio_padding_seconds,
         config.data.frame_resize,
+        # The ten windows of the released code belong to VideoLLaMA2; elsewhere the whole sound is heard.
+        audio_windows=10 if media.sound == "fbank" else None,
         system_prompt=config.model.system_prompt,
         seg_token=config.model.seg_token,
         segmenter=config.model.segmenter,
+        frame_mean=media.frame_mean,
+        frame_std=media.frame_std,
+        sound=media.sound,
     )
 
 

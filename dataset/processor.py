@@ -1,4 +1,4 @@
-"""Decoded media -> inputs of the three towers (SigLIP pixels, SAM pixels, filter-bank energies); samples -> a batch."""
+"""Decoded media -> inputs of the three towers (square frames, SAM's pixels, log-mel energies); samples -> a batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dataset.fbank import SAMPLE_RATE, kaldi_fbank, layout_clips
+from dataset.fbank import SAMPLE_RATE, kaldi_fbank, layout_clips, whisper_log_mel
 from dataset.prompt import Prompts, SystemPrompt, load_tokenizer
 from utils.errors import DataError
 from utils.types import Batch, Sample
@@ -33,6 +33,7 @@ SAM_RESIZE: dict[SegmenterName, FrameResize] = {"sam": "pad", "sam2": "warp"}
 (transformers, Sam2ImageProcessor). Mean and deviation are the same: those of ImageNet."""
 
 SETTINGS = "preprocessor_config.json"
+_LATER = {"segmenter", "frame_mean", "frame_std", "sound"}
 _calls = itertools.count()
 
 _STACKED = {
@@ -67,6 +68,10 @@ class AuroraProcessor:
     """The segmentation token, a token of the tokenizer."""
     segmenter: SegmenterName = "sam"
     """Whose frames `sam_pixels` prepares."""
+    frame_mean: Sequence[float] = (0.5, 0.5, 0.5)
+    frame_std: Sequence[float] = (0.5, 0.5, 0.5)
+    sound: Literal["fbank", "log_mel"] = "fbank"
+    """These three as in `MediaFormat`; the defaults are VideoLLaMA2's."""
 
     sample_rate: ClassVar[int] = SAMPLE_RATE
 
@@ -86,8 +91,9 @@ class AuroraProcessor:
         path, known = Path(folder) / SETTINGS, _setting_names()
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
-            settings = {"segmenter": "sam"} | settings  # older exports do not name it
-            values = {name: settings[name] for name in known} | changes
+            # Folders that were written before there was a choice do not say how frames and sound are prepared.
+            asked = [name for name in known if name in settings or name not in _LATER]
+            values = {name: settings[name] for name in asked} | changes
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: not readable ({error!r}). Remedy: export again (scripts/export.py).") from error
         unknown = sorted(values.keys() - set(known))
@@ -143,7 +149,7 @@ class AuroraProcessor:
         )  # fmt: skip
 
     def vision_pixels(self, frames: np.ndarray) -> Tensor:
-        """SigLIP's preprocessing: PIL bicubic to P x P, then [-1, 1].
+        """The vision tower's preprocessing: PIL bicubic to P x P, then normalised.
 
         Args:
             frames: uint8 [T,H,W,3] RGB.
@@ -154,7 +160,8 @@ class AuroraProcessor:
         if self.frame_resize == "pad":
             frames = _on_square(frames)
         resized = _resize(frames, (self.vision_size, self.vision_size), Image.Resampling.BICUBIC)
-        return _channels_first(resized).div_(255.0).sub_(0.5).div_(0.5)
+        mean, std = (torch.tensor(x).view(3, 1, 1) for x in (self.frame_mean, self.frame_std))
+        return _channels_first(resized).div_(255.0).sub_(mean).div_(std)
 
     def sam_pixels(self, frames: np.ndarray) -> tuple[Tensor, tuple[int, int]]:
         """SAM's preprocessing: long side to Z with PIL bilinear, normalised, zeros at the bottom and right.
@@ -176,7 +183,7 @@ class AuroraProcessor:
         return torch.nn.functional.pad(pixels, (0, self.sam_size - size[1], 0, self.sam_size - size[0])), size
 
     def fbank(self, wave: np.ndarray) -> Tensor:
-        """Filter-bank energies of a sound: windows joined, silence appended, not normalised.
+        """Log-mel energies of a sound, as the audio tower reads them: windows joined, silence appended.
 
         Args:
             wave: float32 [samples], mono, at `sample_rate`.
@@ -192,6 +199,8 @@ class AuroraProcessor:
             sound = layout_clips(sound, self.audio_windows)
         padding = self.audio_padding_seconds
         samples = None if padding is None else round(padding * self.sample_rate)
+        if self.sound == "log_mel":
+            return whisper_log_mel(sound, self.mel_bins)
         return kaldi_fbank(sound, self.mel_bins, samples)
 
 

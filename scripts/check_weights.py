@@ -26,7 +26,8 @@ from torch import Tensor  # noqa: E402
 
 from configs.schema import ModelConfig  # noqa: E402
 from dataset.prompt import load_tokenizer  # noqa: E402
-from model.backbones.videollama2.config import RELEASED, VideoLlama2Config  # noqa: E402
+from model.aurora.build import backbone_kind  # noqa: E402
+from model.backbones.videollama2.config import RELEASED  # noqa: E402
 from model.backbones.videollama2.weights import (  # noqa: E402
     COMPONENTS,
     TABLE,
@@ -96,8 +97,8 @@ def check_released(options: argparse.Namespace) -> list[str]:
 
 def check_model(options: argparse.Namespace) -> list[str]:
     """Keys of a folder; then every tensor once: no NaN, no infinity, one position table."""
-    checkpoint = Checkpoint(options.model)
-    checks = check_keys(checkpoint.shapes, expected_keys(VideoLlama2Config.from_folder(options.model)))
+    checkpoint, kind = Checkpoint(options.model), backbone_kind(str(options.model))
+    checks = kind.check(kind.read_sizes(options.model), options.model)
     problems = key_problems(f"{options.model} ({len(checkpoint.files)} file(s))", checks, options.all)
     if options.meta:
         return problems
@@ -120,7 +121,7 @@ def check_model(options: argparse.Namespace) -> list[str]:
 def key_problems(title: str, checks: Sequence[KeyCheck], everything: bool) -> list[str]:
     """Print the table by component and the keys that are not simply loaded."""
     rows = []
-    for part in [*sorted(COMPONENTS.values()), "all"]:
+    for part in [*sorted(set(COMPONENTS.values())), "all"]:
         own = [check for check in checks if part in ("all", component(check.name))]
         counts = Counter(check.status for check in own)
         values = sum(prod(check.expected) for check in own if check.expected is not None)
@@ -147,7 +148,7 @@ def print_list(lines: Sequence[object], everything: bool) -> None:
 def check_tokenizer(options: argparse.Namespace) -> list[str]:
     """Control tokens, and a row of the matrices for [SEG]."""
     tokenizer, seg_id = load_tokenizer(options.model, options.seg_token)
-    rows = VideoLlama2Config.from_folder(options.model).language.vocab_size
+    rows = backbone_kind(str(options.model)).read_sizes(options.model).language.vocab_size
     print(f"tokenizer: {len(tokenizer)} tokens with {options.seg_token} = {seg_id}; the matrices have {rows} rows")
     crowded = f"no spare row for {options.seg_token}: {rows} rows, {len(tokenizer)} tokens"
     return [crowded] if len(tokenizer) > rows else []

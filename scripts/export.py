@@ -58,8 +58,7 @@ def export(run: Path, out: Path, kind: str, metrics: Sequence[Path] = (), precis
     tokenizer, seg_id = load_tokenizer(config.model.base, config.model.seg_token)
     model = build_model(config, len(tokenizer), seg_id)
     save_pretrained(model, out, merge=kind == "merged")
-    sizes = model.backbone.config
-    build_processor(config, tokenizer, sizes.vision.image_size, sizes.beats.mel_bins).save_pretrained(out)
+    build_processor(config, tokenizer, model.backbone.media_format).save_pretrained(out)
     saved = load_config(_config_file(run), [f"engine.precision={config.engine.precision}"])
     if kind == "merged":  # it is its own base and SAM
         places = {"base": str(out), "sam_checkpoint": str(out / (SAM if saved.model.segmenter == "sam" else SAM2))}

@@ -175,7 +175,10 @@ def moments(config: RunConfig, model: AuroraModel, work: Workload) -> dict[str, 
     sizes, e, clips, group = model.backbone.config, model.backbone.dtype.itemsize, work.clips, work.group
     words, width, mlp = sizes.language.vocab_size, sizes.language.hidden_size, sizes.language.intermediate_size
     layers, kv_width = sizes.language.num_hidden_layers, width * sizes.language.num_key_value_heads
-    prompt = sizes.video_tokens(work.frames) + sizes.audio_tokens(fbank_frames(work.audio_seconds)) + work.prompt_tokens
+    # Some backbones take frames of several sizes; the others have one.
+    side = [config.data.frame_size] if config.data.frame_size and model.backbone.media_format.frame_step else []
+    video = sizes.video_tokens(work.frames, *side)
+    prompt = video + sizes.audio_tokens(fbank_frames(work.audio_seconds)) + work.prompt_tokens
     tokens, own = clips * (prompt + group * work.answer_tokens), clips * group * work.answer_tokens
 
     def unsaved(count: int) -> int:  # a layer without gradient: gate, SiLU, up; norm, queries, keys, values, output
@@ -236,12 +239,9 @@ def tower_peak(config: RunConfig, model: AuroraModel, work: Workload) -> dict[st
     """The highest of the frozen towers and its bytes; what stays of all of them is small beside that."""
     sizes, sam, frames = model.backbone.config, model.segmenter, work.clips * work.frames
     e = model.backbone.dtype.itemsize
-    vision, patches, sounds = sizes.vision, sizes.vision.grid**2, sizes.audio_tokens(fbank_frames(work.audio_seconds))
-    scores = (4 + 2 * e) * vision.num_attention_heads * patches if config.model.attention == "eager" else 0
+    sounds, eager = fbank_frames(work.audio_seconds), config.model.attention == "eager"
     peaks = {
-        "SigLIP": frames * patches * (2 * e * (vision.intermediate_size + vision.hidden_size) + scores),
-        "connector": 5 * e * frames * patches * sizes.language.hidden_size,
-        "BEATs": 4 * e * work.clips * sizes.beats.encoder_attention_heads * sounds**2,
+        **sizes.tower_bytes(work.clips, work.frames, sounds, e, eager),
         "SAM's encoder": encoder_peak(sam, frames, e),
     }
     return {name: size for name, size in peaks.items() if size == max(peaks.values())}

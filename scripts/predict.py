@@ -140,8 +140,7 @@ def load(
     config = checkpoint_config(checkpoint, overrides)
     tokenizer, seg_id = load_tokenizer(config.model.base, config.model.seg_token)
     model = build_model(config, len(tokenizer), seg_id, device)
-    sizes = model.backbone.config
-    return model, build_processor(config, tokenizer, sizes.vision.image_size, sizes.beats.mel_bins)
+    return model, build_processor(config, tokenizer, model.backbone.media_format)
 
 
 def checkpoint_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:

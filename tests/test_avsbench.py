@@ -193,8 +193,7 @@ def test_training_on_s4_reads_the_annotated_frame_alone(tiny: Path) -> None:
     config = load_config(tiny / "run.yaml", ["data.benchmark=avsbench_s4", f"data.root={tiny / 'v1'}"])
     tokenizer, seg_id = load_tokenizer(config.model.base)
     model = build_model(config, len(tokenizer), seg_id)
-    sizes = model.backbone.config
-    processor = build_processor(config, tokenizer, sizes.vision.image_size, sizes.beats.mel_bins)
+    processor = build_processor(config, tokenizer, model.backbone.media_format)
     clips = training_clips(config, processor, Prompts(tokenizer, seg_id, "none"))
     stage = build_stage(config, model, tokenizer)
     prepared = stage.prepare(next(iter(build_loader(clips, [0, 1], 2, 0, 0))))

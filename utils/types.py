@@ -15,7 +15,7 @@ Shape letters, used in every docstring of the project:
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +35,18 @@ EMPTY_LOGIT = -1e4
 
 
 @dataclass(frozen=True)
+class MediaFormat:
+    """What a backbone reads of a clip; `dataset.processor` prepares it so."""
+
+    frame_size: int  # P: side of the square frames, in pixels
+    mel_bins: int  # K
+    frame_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # RGB, of frames in [0, 1]
+    frame_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    sound: Literal["fbank", "log_mel"] = "fbank"  # Kaldi's filter bank, or Whisper's log-mel spectrogram
+    frame_step: int | None = None  # frames may have any side that is a multiple of it; None = `frame_size` alone
+
+
+@dataclass(frozen=True)
 class Sample:
     """One metadata row with its media decoded and preprocessed (made in a worker process by `dataset.clips`)."""
 
@@ -45,11 +57,11 @@ class Sample:
     class_name: str
     reference: str  # the referring expression, stripped of outer spaces
     kind: str  # question kind (mini world), or "" where the data does not tell it
-    pixel_values: Tensor  # float32 [T,3,P,P]: frames for the vision tower, in [-1, 1]
+    pixel_values: Tensor  # float32 [T,3,P,P]: frames for the vision tower, normalised as its MediaFormat says
     sam_pixels: Tensor
     """float32 [T,3,Z,Z]: frames for SAM: long side Z, normalised, zero-padded at the bottom and right."""
     sam_size: tuple[int, int]  # (height, width) inside `sam_pixels` before padding
-    fbank: Tensor  # float32 [F,K]: raw log-mel energies (mean and std are applied inside the audio tower)
+    fbank: Tensor  # float32 [F,K]: log-mel energies, of the kind that the MediaFormat names
     masks: Tensor
     """bool [T,H,W]: ground truth at native size; all False for a null row, and on frames that nobody annotated."""
     prompt_ids: Tensor  # int64 [L]: chat prompt up to and including the assistant header, with VIDEO_PLACEHOLDER

@@ -15,10 +15,11 @@ from model.aurora.model import AuroraModel
 from model.aurora.sampling import read_generation_defaults
 from model.aurora.trainable import MASK_DECODER, apply_trainable, freeze
 from model.aurora.trained import load_mask_decoder, load_trained, read_trained
+from model.backbones import qwen_omni
 from model.backbones.base import Backbone
 from model.backbones.videollama2.backbone import VideoLlama2
 from model.backbones.videollama2.config import CONFIG_NAME, RELEASED, VideoLlama2Config
-from model.backbones.videollama2.weights import load_backbone
+from model.backbones.videollama2.weights import KeyCheck, check_folder, export_state, load_backbone
 from model.segmenters.base import Segmenter
 from model.segmenters.sam import build_segmenter
 from model.segmenters.sam2 import build_sam2
@@ -37,10 +38,30 @@ class BackboneKind(NamedTuple):
     load: Callable[..., tuple[Backbone, Any]]  # (folder, dtype, attention, device) -> it in eval mode, a report
     make: Callable[..., Backbone]  # (sizes, attention) -> it with random weights
     read_sizes: Callable[[str], Any]  # (folder) -> sizes
-    released: Any  # sizes of the released model
+    released: dict[str, Any]  # name of a released folder -> its sizes
+    check: Callable[[Any, str], list[KeyCheck]]  # (sizes, folder) -> what becomes of each stored or expected name
+    save: Callable[..., Any]  # (sizes, state dict without adapters, folder, name of its type): a folder to load
 
 
-BACKBONES = {"videollama2_qwen2": BackboneKind(load_backbone, VideoLlama2, VideoLlama2Config.from_folder, RELEASED)}
+BACKBONES = {
+    "videollama2_qwen2": BackboneKind(
+        load_backbone,
+        VideoLlama2,
+        VideoLlama2Config.from_folder,
+        {"VideoLLaMA2.1-7B-AV": RELEASED},
+        check_folder,
+        export_state,
+    )
+}
+OMNI = BackboneKind(
+    qwen_omni.load_backbone,
+    qwen_omni.QwenOmni,
+    qwen_omni.OmniConfig.from_folder,
+    {f"Qwen2.5-Omni-{size.upper()}": qwen_omni.released_config(size) for size in ("7b", "3b")},
+    qwen_omni.check_folder,
+    qwen_omni.export_state,
+)
+BACKBONES |= dict.fromkeys(qwen_omni.MODEL_TYPES, OMNI)
 """By `model_type` in config.json of `model.base`; a folder that names none holds the first."""
 SEGMENTERS: dict[str, Callable[[ModelConfig, bool], Segmenter]] = {
     "sam": lambda m, weights: build_segmenter(m.sam_type, m.sam_image_size, m.sam_checkpoint if weights else None),
@@ -115,13 +136,15 @@ def build_meta_model(config: RunConfig, sizes: Any = None, seg_token_id: int | N
 
 
 def backbone_kind(folder: str) -> BackboneKind:
-    """The kind of a base's folder; the first of `BACKBONES` where there is no such folder.
+    """The kind of a base's folder; where there is no such folder, that of its name, or the first of `BACKBONES`.
 
     Raises:
         ConfigError: the folder holds another kind of model.
     """
     path, first = Path(folder) / CONFIG_NAME, next(iter(BACKBONES))
-    name = read_json(path).get("model_type", first) if path.is_file() else first
+    if not path.is_file():
+        return next((kind for kind in BACKBONES.values() if Path(folder).name in kind.released), BACKBONES[first])
+    name = read_json(path).get("model_type", first)
     if name not in BACKBONES:
         remedy = f"name the folder of one of {', '.join(BACKBONES)}"
         raise ConfigError([Problem("model.base", folder, f"{CONFIG_NAME} says model_type {name!r}", remedy)])
@@ -138,7 +161,8 @@ def sizes_of_base(config: RunConfig) -> tuple[Any, str]:
     kind, path = backbone_kind(config.model.base), Path(config.model.base) / CONFIG_NAME
     if path.is_file():
         return kind.read_sizes(config.model.base), str(path)
-    return kind.released, f"the released 7B model ({config.model.base} is not there)"
+    sizes = kind.released.get(Path(config.model.base).name) or next(iter(kind.released.values()))
+    return sizes, f"the released model ({config.model.base} is not there)"
 
 
 def _assemble(

@@ -41,7 +41,6 @@ from model.aurora.trained import (
     write_settings,
     write_trained,
 )
-from model.backbones.videollama2.weights import save_state
 from model.segmenters.sam import SAM_SIZES
 from utils.errors import DataError, WeightsError
 from utils.tables import text
@@ -80,8 +79,8 @@ def save_pretrained(model: AuroraModel, folder: str | Path, merge: bool = True) 
         write_trained(replace(gather_trained(model, folder), origin=origin))
         return folder
     state = merged_state(model)
-    config, kind = model.backbone.config, str(model.backbone.dtype).removeprefix("torch.")
-    save_state(replace(config, extra=config.extra | {"torch_dtype": kind}), _below("backbone.", state), folder)
+    save, kind = backbone_kind(model.origin.base).save, str(model.backbone.dtype).removeprefix("torch.")
+    save(model.backbone.config, _below("backbone.", state), folder, kind)
     sam = SAM
     if origin.segmenter == "sam2":
         sam = SAM2

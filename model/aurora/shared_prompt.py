@@ -201,7 +201,9 @@ def _positions(known: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]
     """Positions [...,B,P] of prompts, and [...,B,1] the position behind each."""
     if positions is None:
         positions = torch.arange(known.shape[1], device=known.device).expand(len(known), -1)
-    return positions, positions.masked_fill(~known, -1).amax(-1, keepdim=True) + 1
+    # Behind the last token, which need not have the highest position: three rows of them let a video outlast the sound.
+    last = known.sum(-1, keepdim=True) - 1
+    return positions, positions.gather(-1, last.expand(*positions.shape[:-1], 1)) + 1
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from utils.types import Batch, MediaFeatures, PackedInputs
+from utils.types import Batch, MediaFeatures, MediaFormat, PackedInputs
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Backbone(nn.Module, ABC):
         Tower("audio", "audio_tower", "mm_projector_a", "fbank", "audio_key"),
     )
     language_model: PreTrainedModel
+    media_format: MediaFormat
+    """How frames and sound are prepared."""
 
     @property
     def decoder(self) -> PreTrainedModel:
@@ -121,6 +123,19 @@ class Backbone(nn.Module, ABC):
         elif bool((index >= 0).any()):
             raise ValueError("embed: the rows hold media positions but no media features were given")
         return text.masked_fill(~packed.attention_mask.unsqueeze(-1), 0)
+
+
+def switch_checkpointing(model: PreTrainedModel, enabled: bool) -> None:
+    """Recompute the activations of a model's layers in backward (train mode only), or stop doing so."""
+    # transformers 5.24 renamed its switch and warns about the old name; the first argument stayed what it was.
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if not enabled:
+        getattr(model, f"{kind}_checkpointing_disable")()
+        return
+    getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    # The switch also hooks the word embeddings so that their output requires gradients, which this form of
+    # checkpointing does not need, and which would record a graph where nothing is trained.
+    model.disable_input_require_grads()
 
 
 def query_positions(answer: Tensor, seg_token_id: int) -> Tensor:

@@ -38,7 +38,7 @@ def random_model(config: RunConfig, device: torch.device) -> AuroraModel:
 def random_batch(model: AuroraModel, work: Workload) -> Batch:
     """Clips of noise at the real shapes, with prompts and answers of the real lengths."""
     generator = torch.Generator().manual_seed(0)
-    sizes, side, seg = model.backbone.config, model.segmenter.image_size, model.seg_token_id
+    sizes, side, seg = model.backbone.media_format, model.segmenter.image_size, model.seg_token_id
     height, width = work.frame_size
     scale = side / max(height, width)
     frames = fbank_frames(work.audio_seconds)
@@ -56,9 +56,9 @@ def random_batch(model: AuroraModel, work: Workload) -> Batch:
         answer = torch.cat([words(work.answer_tokens - 2), torch.tensor([seg, stop])])
         samples.append(Sample(
             row=i, uid=f"clip_{i}_1", clip=f"clip_{i}", split="train", class_name="dog", reference="", kind="",
-            pixel_values=noise(work.frames, 3, sizes.vision.image_size, sizes.vision.image_size).clamp(-1, 1),
+            pixel_values=noise(work.frames, 3, sizes.frame_size, sizes.frame_size).clamp(-1, 1),
             sam_pixels=noise(work.frames, 3, side, side), sam_size=(round(height * scale), round(width * scale)),
-            fbank=5 * noise(frames, sizes.beats.mel_bins),
+            fbank=5 * noise(frames, sizes.mel_bins),
             masks=torch.rand(work.frames, height, width, generator=generator) > 0.8, prompt_ids=prompt,
             answer_ids=answer, teacher_ids=torch.cat([words(10), torch.tensor([seg, stop])]), video_key=str(i),
             audio_key=str(i),

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from model.backbones.base import Backbone, Tower
+from model.backbones.base import Backbone, Tower, switch_checkpointing
 from model.backbones.videollama2.audio_tower import AudioTower
 from model.backbones.videollama2.config import VideoLlama2Config
 from model.backbones.videollama2.connector import STCConnector
 from model.backbones.videollama2.language_model import build_language_model
 from model.backbones.videollama2.splice import splice
 from model.backbones.videollama2.vision_tower import VisionTower
-from utils.types import Batch, PackedInputs
+from utils.types import Batch, MediaFormat, PackedInputs
 
 
 class VideoLlama2(Backbone):
@@ -28,6 +28,7 @@ class VideoLlama2(Backbone):
     def __init__(self, config: VideoLlama2Config, attention: str = "sdpa") -> None:
         super().__init__()
         self.config = config
+        self.media_format = MediaFormat(config.vision.image_size, config.beats.mel_bins)
         width = config.language.hidden_size
         self.language_model = build_language_model(config, attention)
         self.vision_tower = VisionTower(config, attention)
@@ -67,16 +68,7 @@ class VideoLlama2(Backbone):
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute the activations of the language model's and of BEATs' layers in backward (training mode only)."""
-        model = self.language_model
-        # transformers 5.24 renamed its switch and warns about the old name; the first argument stayed what it was.
-        kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-        if enabled:
-            getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
-            # The switch also hooks the word embeddings so that their output requires gradients, which this form of
-            # checkpointing does not need, and which would record a graph where nothing is trained.
-            model.disable_input_require_grads()
-        else:
-            getattr(model, f"{kind}_checkpointing_disable")()
+        switch_checkpointing(self.language_model, enabled)
         self.audio_tower.encoder.gradient_checkpointing = enabled
 
     def reset_buffers(self, device: torch.device | str) -> None:

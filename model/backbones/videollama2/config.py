@@ -184,6 +184,17 @@ class VideoLlama2Config:
         patch = self.beats.input_patch_size
         return (fbank_frames // patch) * (self.beats.mel_bins // patch)
 
+    def tower_bytes(self, clips: int, frames: int, fbank_frames: int, itemsize: int, eager: bool) -> dict[str, int]:
+        """Bytes that each tower needs without gradient, by name (docs/memory.md)."""
+        vision, patches, sounds = self.vision, self.vision.grid**2, self.audio_tokens(fbank_frames)
+        scores = (4 + 2 * itemsize) * vision.num_attention_heads * patches if eager else 0
+        inner = 2 * itemsize * (vision.intermediate_size + vision.hidden_size)
+        return {
+            "SigLIP": clips * frames * patches * (inner + scores),
+            "connector": 5 * itemsize * clips * frames * patches * self.language.hidden_size,
+            "BEATs": 4 * itemsize * clips * self.beats.encoder_attention_heads * sounds**2,
+        }
+
     @classmethod
     def from_folder(cls, folder: str | Path) -> VideoLlama2Config:
         """Read `config.json` of a checkpoint folder.

@@ -12,9 +12,9 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -40,10 +40,12 @@ COMPONENTS = {
     "model.vision_tower.": "vision tower",
     "model.mm_projector.": "video projector",
     "model.audio_tower.": "audio tower",
+    "thinker.visual.": "vision tower",
+    "thinker.audio_tower.": "audio tower",
     "model.mm_projector_a.": "audio projector",
     "": "language model",
 }
-"""Released prefix -> part of the model, the most special first."""
+"""Released prefix -> part of the model, the most special first (Qwen2.5-Omni's among them)."""
 
 TABLE = "audio_tower.encoder.relative_attention_bias.weight"
 RELEASED_TABLE = "model.audio_tower.encoder.layers.{}.self_attn.relative_attention_bias.weight"
@@ -236,6 +238,11 @@ def check_keys(stored: Mapping[str, Shape], expected: Mapping[str, Shape], compl
     return checks
 
 
+def check_folder(config: VideoLlama2Config, folder: str | Path) -> list[KeyCheck]:
+    """`check_keys` of a folder's weights; reads no tensor of safetensors."""
+    return check_keys(Checkpoint(folder).shapes, expected_keys(config))
+
+
 def refuse(checks: Sequence[KeyCheck], folder: str | Path) -> None:
     """Raise one TensorFileError that lists every key that does not fit; nothing where all do."""
     if faults := [check for check in checks if check.is_fault]:
@@ -250,7 +257,7 @@ def moved_component(checks: Sequence[KeyCheck]) -> list[str]:
     its vision tower.
     """
     sentences = []
-    missing = [check for check in checks if check.status == "missing"]
+    missing = [check for check in checks if check.status == "missing" and not check.name.startswith("thinker.")]
     for prefix in dict.fromkeys(_released_prefix(check.name) for check in missing):
         lacking = [check for check in missing if _released_prefix(check.name) == prefix]
         tails = {check.name.removeprefix(prefix): check.expected for check in lacking}
@@ -324,6 +331,11 @@ def load_backbone(
     return model.eval(), LoadReport(tuple(path.name for path in checkpoint.files), count, ignored, absent)
 
 
+def export_state(config: VideoLlama2Config, state: dict[str, Tensor], folder: str | Path, dtype: str) -> list[Path]:
+    """As `save_state`, noting the type of the weights in config.json."""
+    return save_state(replace(config, extra=config.extra | {"torch_dtype": dtype}), state, folder)
+
+
 def save_backbone(model: VideoLlama2, folder: str | Path, max_shard_bytes: int = 5_000_000_000) -> list[Path]:
     """`save_state` of the plain backbone (adapters merged, parameters gathered)."""
     return save_state(model.config, model.state_dict(), folder, max_shard_bytes)
@@ -354,6 +366,13 @@ def save_state(
     refuse(check_keys(shapes, expected_keys(config), complete=True), folder)
     # safetensors refuses tensors that share memory, as the repeated table does
     tensors |= {name: tensor.clone() for name, tensor in tensors.items() if from_released(name) == TABLE}
+    return write_shards(tensors, config.to_dict(), folder, max_shard_bytes)
+
+
+def write_shards(
+    tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, max_shard_bytes: int = 5_000_000_000
+) -> list[Path]:
+    """Write config.json and safetensors shards under the given names; see `save_state`."""
     plan = split_torch_state_dict_into_shards(
         tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes
     )
@@ -364,7 +383,7 @@ def save_state(
     if plan.is_sharded:
         written.append("model.safetensors.index.json")
         write_json(folder / written[-1], {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
-    write_json(folder / CONFIG_NAME, config.to_dict())
+    write_json(folder / CONFIG_NAME, config)
     for stale in folder.iterdir():
         own = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json", stale.name)
         if own and stale.name not in written:
