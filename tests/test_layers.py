@@ -39,7 +39,7 @@ MODULES_SINCE_3_11 = {"tomllib"}
 LONGEST_FILE = 500
 LONGEST_FUNCTION = 70
 """Lines with docstring and decorators."""
-LARGEST_PRODUCT = 20_400
+LARGEST_PRODUCT = 21_500
 """Lines of code outside tests and scripts/dev; the aim is 14,000. A new capability adds what it brings, and no more."""
 LARGEST_METHOD = 2_420
 """Lines of METHOD, which a reader must read to know the method; the aim is 2,000."""
