@@ -1,4 +1,4 @@
-"""The whole backbone, folder in, tensors out, against outputs of the published code on the same weights."""
+"""The whole backbone, folder in, tensors out, against outputs of the released code on the same weights."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_gradients(av: tuple, tiny_backbone: VideoLlama2, tiny_folder: Path, tin
 
 
 def test_answer_log_probs_need_the_spliced_positions(av: tuple, tiny_inputs: dict, tiny_expected: dict) -> None:
-    """Published code LISA_grpo.py:252-263 gathers with indices of the unspliced ids: other positions, other values."""
+    """Released code LISA_grpo.py:252-263 gathers with indices of the unspliced ids: other positions, other values."""
     packed, _, out = av
     answer = packed.labels[0][packed.labels[0] != -100]
     at = (packed.labels[0] != -100).nonzero().flatten() - 1

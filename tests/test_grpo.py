@@ -163,7 +163,7 @@ def test_log_probs_equal_step_by_step_decoding() -> None:
 def test_the_fixtures_right_log_probs_and_not_the_published_ones(
     tiny_backbone: VideoLlama2, tiny_inputs: dict, tiny_expected: dict
 ) -> None:
-    """Published code LISA_grpo.py:252-263 reads other positions; both sets of values are stored."""
+    """Released code LISA_grpo.py:252-263 reads other positions; both sets of values are stored."""
     model = AuroraModel(tiny_backbone, tiny_segmenter(), SEG).eval()
     prompt, answer = split(tiny_inputs["ids_av"][0], tiny_inputs["labels_av"][0])
     sample = replace(

@@ -1,4 +1,4 @@
-"""The SAM adapter against the stock package and against outputs of the published code (fixture lisa_head)."""
+"""The SAM adapter against the stock package and against outputs of the released code (fixture lisa_head)."""
 
 from __future__ import annotations
 

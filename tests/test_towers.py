@@ -1,4 +1,4 @@
-"""Vision tower, connector and BEATs against the published code's outputs, and against naive formulas."""
+"""Vision tower, connector and BEATs against the released code's outputs, and against naive formulas."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class MaskLosses(NamedTuple):
 def mask_bce(logits: Tensor, targets: Tensor) -> Tensor:
     """Binary cross entropy per frame: the mean over pixels. [T,H,W] logits, [T,H,W] targets in [0,1] -> float32 [T].
 
-    Published code LISA_sft_distill.py:44-61 (`sigmoid_ce_loss`).
+    Released code LISA_sft_distill.py:44-61 (`sigmoid_ce_loss`).
     """
     loss = F.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none")
     return loss.flatten(1).mean(1)
@@ -42,7 +42,7 @@ def mask_dice(logits: Tensor, targets: Tensor) -> Tensor:
     """Dice loss per frame: 1 - (2 sum(p t)/1000 + 1e-6) / ((sum p + sum t)/1000 + 1e-6). [T,H,W] twice -> float32 [T].
 
     An empty target gives a loss near 1 whatever is predicted, unless the prediction is empty to a fraction of a pixel.
-    Published code LISA_sft_distill.py:18-41 (`dice_loss`).
+    Released code LISA_sft_distill.py:18-41 (`dice_loss`).
     """
     probabilities = logits.float().sigmoid().flatten(1)
     targets = targets.float().flatten(1)

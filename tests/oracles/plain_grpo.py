@@ -2,7 +2,7 @@
 
 One batch of G full copies: every clip is encoded once per answer, transformers' `generate` prefills the prompt once per
 answer, and the answers are scored by the ordinary forward over G copies of prompt and answer. Generous to the plain way
-where the published code is not: logits exist at the answers' positions alone, and no clip is encoded again in the loss.
+where the released code is not: logits exist at the answers' positions alone, and no clip is encoded again in the loss.
 """
 
 from __future__ import annotations
