@@ -8,29 +8,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator
-from functools import partial
-from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from configs.schema import RunConfig
 from utils.config import check_paths, help_text, load_config, save_config
-from utils.errors import AuroraError, ConfigError, Problem
+from utils.errors import AuroraError, ConfigError, Problem, run_command
 
 INTACT = "the last checkpoint is intact, and the same command continues from it"
 
-if TYPE_CHECKING:  # imported late: --help and every configuration error come before anything heavy
-    from model.stages.base import Stage
-    from utils.checkpoint import Progress
-    from utils.ds import deepspeed
-    from utils.log import RunLog
-    from utils.preempt import Preemption
-    from utils.types import Batch
 
-
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, RunConfig]:
+    """Options and configuration of a command line; ends the process with 1 where the configuration is wrong."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog=f"fields, as section.field=value (value in YAML):\n{help_text()}",
@@ -47,11 +34,43 @@ def main(arguments: list[str] | None = None) -> int:
             raise ConfigError([Problem("stage", "eval", "is no training stage", "use train_ds_test.py")])
         check_paths(config)
     except AuroraError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
-    from utils.failures import memory_advice, run_command
+        parser.exit(1, f"error: {error}\n")
+    return options, config
 
-    advice = partial(memory_advice, options.config, options.overrides)
+
+if __name__ == "__main__":
+    PARSED = parse()  # --help and every error of the configuration come before what follows, which takes seconds
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+from dataset.loader import build_processor, training_batches, training_clips
+from dataset.prompt import build_prompts, load_tokenizer
+from model.aurora.build import build_model
+from model.aurora.trainable import component_counts, format_counts, total_count
+from model.aurora.trained import save_trained
+from model.stages import build_stage
+from model.stages.base import Stage
+from utils import checkpoint, distributed
+from utils.checkpoint import Progress
+from utils.ds import deepspeed
+from utils.engine import build_engine, gradient_norm
+from utils.files import write_text
+from utils.guards import check_finite
+from utils.log import RunLog, due, setup_logging
+from utils.types import Batch
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    return train_command(*parse(arguments))
+
+
+def train_command(options: argparse.Namespace, config: RunConfig) -> int:
+    """Train; returns the exit status."""
+    advice = partial(distributed.memory_advice, options.config, options.overrides)
     return run_command(lambda: run(config, options.fresh), INTACT, advice)
 
 
@@ -62,28 +81,15 @@ def run(config: RunConfig, fresh: bool = False) -> None:
         config: the run.
         fresh: start at step 0 though the folder holds an earlier run, which is renamed.
     """
-    from dataset.build import build_processor, training_batches, training_clips
-    from dataset.prompt import load_tokenizer
-    from dataset.references import build_prompts
-    from model.aurora.build import build_model
-    from model.aurora.trainable import component_counts, format_counts, total_count
-    from model.aurora.trained import save_trained
-    from model.stages import build_stage
-    from utils import checkpoint, distributed
-    from utils.engine import build_engine
-    from utils.log import RunLog, setup_logging
-    from utils.preempt import Preemption
-    from utils.seed import seed_everything
-
     device = distributed.start(config.engine.threads)
-    logger, preemption = setup_logging(), Preemption(config.log.grace_seconds)
+    logger, stop = setup_logging(), distributed.StopSignal(config.log.grace_seconds)
     output = Path(config.output_dir)
     held = checkpoint.claim(output)
     if fresh:
         checkpoint.put_aside(output)
     earlier = checkpoint.checkpoint_to_resume(config)
 
-    seed_everything(config.seed)  # the same on every process while weights are made
+    distributed.seed_everything(config.seed)  # the same on every process while weights are made
     tokenizer, seg_id = load_tokenizer(config.model.base, config.model.seg_token)
     model = build_model(config, len(tokenizer), seg_id, device)
     processor = build_processor(config, tokenizer, model.backbone.media_format)
@@ -94,18 +100,18 @@ def run(config: RunConfig, fresh: bool = False) -> None:
 
     engine = build_engine(model, config)
     stage = build_stage(config, engine, tokenizer)
-    seed_everything(config.seed, distributed.rank())
-    progress = checkpoint.load_checkpoint(engine, earlier) if earlier else checkpoint.Progress()
+    distributed.seed_everything(config.seed, distributed.rank())
+    progress = checkpoint.load_checkpoint(engine, earlier) if earlier else Progress()
     loader = training_batches(config, clips, distributed.rank(), distributed.world_size(), progress.samples)
     log = RunLog(output, config, progress.step)
     if distributed.is_main():
         save_config(config, output)
-        checkpoint.write_text(output / "parameters.txt", format_counts(counts) + "\n")
+        write_text(output / "parameters.txt", format_counts(counts) + "\n")
 
     def save_weights(folder: Path) -> None:
         save_trained(model, folder, write=distributed.is_main())
 
-    for _ in train(engine, stage, loader, config, progress, log, preemption):
+    for _ in train(engine, stage, loader, config, progress, log, stop):
         checkpoint.save_checkpoint(engine, config, progress, save_weights)
     log.close()
     if progress.step < config.optim.steps:
@@ -115,7 +121,7 @@ def run(config: RunConfig, fresh: bool = False) -> None:
         if distributed.is_main():
             save_config(config, output / "final")
         logger.info("done: %d steps, weights in %s", progress.step, output / "final")
-    preemption.close()
+    stop.close()
     engine.destroy()
     distributed.stop()
     del held
@@ -128,7 +134,7 @@ def train(
     config: RunConfig,
     progress: Progress,
     log: RunLog,
-    preemption: Preemption,
+    stop: distributed.StopSignal,
 ) -> Iterator[None]:
     """The loop of every stage: counts `progress` up to `optim.steps` and yields where a checkpoint is due.
 
@@ -137,16 +143,11 @@ def train(
 
     Ends early, after a last yield, when a process was asked to stop.
     """
-    from utils.distributed import is_main, world_size
-    from utils.engine import gradient_norm
-    from utils.guards import check_finite
-    from utils.log import due
-
     batches, accumulation, steps = iter(loader), config.engine.accumulation, config.optim.steps
     engine.train()
-    if preemption.begin():
-        return
-    while progress.step < steps:
+    # Every process asks, so that all of them stop after the same step.
+    stopping = stop.requested()
+    while progress.step < steps and not stopping:
         start = progress.step
         # A batch is prepared when its turn comes; only several updates on the same samples need all of them kept.
         prepared = (stage.prepare(batch) for batch in islice(batches, accumulation))
@@ -163,18 +164,15 @@ def train(
                 log.add(loss.parts, item.batch, item.answers if update == 0 else None)
             progress.step += 1
             log.step(progress.step, rate, gradient_norm(engine))
-        progress.samples += accumulation * config.engine.micro_batch * world_size()
-        if is_main() and due(config.log.samples_every, start, progress.step):
+        progress.samples += accumulation * config.engine.micro_batch * distributed.world_size()
+        if distributed.is_main() and due(config.log.samples_every, start, progress.step):
             log.samples(progress.step, stage.records(item))
-        # Every process asks, so that all of them stop after the same step.
-        stopping = preemption.agreed()
+        stopping = stop.requested()
         if stopping or due(config.log.save_every, start, progress.step) or progress.step >= steps:
             progress.metrics = log.means_since_save()
             yield
-            stopping = stopping or preemption.agreed()  # asked meanwhile: the same state is not written twice
-        if stopping:
-            return
+            stopping = stopping or stop.requested()  # asked meanwhile: the same state is not written twice
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(train_command(*PARSED))

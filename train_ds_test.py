@@ -13,66 +13,42 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from configs.schema import EvalConfig, RunConfig
 from utils.config import check_paths, help_text, load_config
-from utils.errors import AuroraError, ConfigError, Problem
+from utils.errors import AuroraError, ConfigError, Problem, run_command
 
 INTACT = "finished rows are on disk, and the same command continues"
-
-if TYPE_CHECKING:  # imported late: --help and every configuration error come before anything heavy
-    from transformers import PreTrainedTokenizerBase
-
-    from dataset.cot import CotRecord
-    from dataset.prompt import AnswerKind, Prompts
-    from dataset.refavs import Row
-    from model.aurora.model import AuroraModel
-    from utils.types import Batch, Prediction, Sample
-
 INPUT_FIELDS = ("num_frames", "frame_resize", "audio_padding_seconds", "answer")
 """Fields of `data` that, like the section `model`, are the checkpoint's own unless the command line names them."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, RunConfig, str]:
+    """Options, configuration and the checkpoint's stage; ends the process with 1 where the configuration is wrong."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=f"fields:\n{help_text()}", formatter_class=layout)
     parser.add_argument("--config", default="configs/eval.yaml", help="YAML file (default: %(default)s)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     options = parser.parse_intermixed_args(arguments)
-    return guarded(options.config, options.overrides, run)
+    try:
+        return options, *evaluated_config(options.config, options.overrides)
+    except AuroraError as error:
+        parser.exit(1, f"error: {error}\n")
 
 
-def guarded(path: str, overrides: Sequence[str], evaluate: Callable[[RunConfig, str], object]) -> int:
-    """Read the configuration and evaluate; returns the exit status.
+def evaluated_config(path: str, overrides: list[str]) -> tuple[RunConfig, str]:
+    """A configuration with the checkpoint's model and input settings, and the checkpoint's stage.
 
     Args:
         path: YAML file.
         overrides: of the command line.
-        evaluate: given the configuration and the checkpoint's stage.
-    """
-    try:
-        config, stage = evaluated_config(load_config(path, overrides), overrides)
-        check_paths(config)
-    except AuroraError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
-    from utils.failures import memory_advice, run_command
-
-    return run_command(lambda: evaluate(config, stage), INTACT, lambda: memory_advice(path, overrides))
-
-
-def evaluated_config(config: RunConfig, overrides: Sequence[str]) -> tuple[RunConfig, str]:
-    """The configuration with the checkpoint's model and input settings, and the checkpoint's stage.
 
     Raises:
-        ConfigError: the stage is not eval, or the checkpoint has no config.yaml.
+        ConfigError: it is wrong, the stage is not eval, the checkpoint has no config.yaml, or files are missing.
     """
+    config = load_config(path, overrides)
     if config.stage != "eval" or config.eval.checkpoint is None:
         raise ConfigError([Problem("stage", config.stage, "must be eval", "train with train_ds.py")])
     folder = Path(config.eval.checkpoint)
@@ -83,26 +59,51 @@ def evaluated_config(config: RunConfig, overrides: Sequence[str]) -> tuple[RunCo
     own = ("model.", *(f"data.{name}=" for name in INPUT_FIELDS))
     saved = load_config(found[0], [text for text in overrides if text.strip().startswith(own)])
     data = config.data.model_copy(update={name: getattr(saved.data, name) for name in INPUT_FIELDS})
-    return config.model_copy(update={"model": saved.model, "data": data}), saved.stage
+    config = config.model_copy(update={"model": saved.model, "data": data})
+    check_paths(config)
+    return config, saved.stage
+
+
+if __name__ == "__main__":
+    PARSED = parse()  # --help and every error of the configuration come before what follows, which takes seconds
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from dataset.clips import ClipDataset, ClipSettings
+from dataset.loader import build_index, build_loader, build_processor
+from dataset.media import read_frames
+from dataset.mini.language import chain_is_faithful
+from dataset.prompt import NEED_REASONING, build_prompts, load_tokenizer
+from dataset.records import read_cot
+from model.aurora.build import build_model
+from model.aurora.features import FeatureCache
+from model.aurora.inference import predict, predict_given
+from model.aurora.model import AuroraModel
+from model.aurora.trained import find_trained
+from utils import distributed
+from utils.evaluation import SplitTask, evaluate_split, evaluation_facts, evenly, spread
+from utils.log import setup_logging
+from utils.tables import split_table
+from utils.types import Batch, Prediction, Sample
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    return evaluate_command(*parse(arguments))
+
+
+def evaluate_command(options: argparse.Namespace, config: RunConfig, stage: str) -> int:
+    """Evaluate; returns the exit status."""
+    advice = partial(distributed.memory_advice, options.config, options.overrides)
+    return run_command(lambda: run(config, stage), INTACT, advice)
 
 
 def run(config: RunConfig, stage: str) -> dict[str, Any]:
     """Evaluate every split of the configuration; returns their scores (see `scoring.score_split`)."""
-    from dataset.build import build_index, build_processor
-    from dataset.clips import ClipDataset, ClipSettings
-    from dataset.collate import build_loader
-    from dataset.cot import read_cot
-    from dataset.media import read_frames
-    from dataset.mini.language import chain_is_faithful
-    from dataset.prompt import NEED_REASONING, load_tokenizer
-    from dataset.references import build_prompts
-    from model.aurora.build import build_model
-    from model.aurora.trained import find_trained
-    from utils import distributed
-    from utils.evaluation import evaluate_split, evaluation_facts, evenly
-    from utils.log import setup_logging
-    from utils.tables import split_table
-
     device = distributed.start(config.engine.threads)
     logger = setup_logging()
     tokenizer, seg_id = load_tokenizer(config.model.base, config.model.seg_token)
@@ -117,9 +118,13 @@ def run(config: RunConfig, stage: str) -> dict[str, Any]:
     facts = evaluation_facts(config, stage, find_trained(str(config.eval.checkpoint)), index.table)
     # The teacher reads true answers; some are made from reasoning records, which only the mini world has for tests.
     known = read_cot(config.data.cot, index) if given in NEED_REASONING else {}
-    true_answer = partial(answer_of, prompts, known, given) if given else None
-    predict = predictor(model, tokenizer, config.eval, true_answer)
-    if true_answer is None and distributed.is_main():
+
+    def true_answer(sample: Sample) -> str:
+        record = known.get(sample.row)
+        return prompts.answer_text(given, sample.class_name, None if record is None else record.reasoning)
+
+    predict_batch = predictor(model, tokenizer, config.eval, true_answer if given else None)
+    if given is None and distributed.is_main():
         logger.info("answers are drawn %s", model.generation_defaults.greedy(config.eval.repetition_penalty))
 
     scores = {}
@@ -128,12 +133,24 @@ def run(config: RunConfig, stage: str) -> dict[str, Any]:
         if config.eval.limit is not None:
             rows = [rows[i] for i in evenly(len(rows), min(config.eval.limit, len(rows)))]
         clips = ClipDataset(index, rows, processor, prompts, known, settings)
+        numbers = tuple(row.row for row in rows)
+        task = SplitTask(
+            folder=Path(config.eval.output_dir) / split,
+            split=split,
+            rows=numbers,
+            protocols=config.eval.protocol,
+            batch_size=config.eval.batch_size,
+            facts=facts,
+            pictures=spread(numbers, [row.kind for row in rows], config.eval.pictures),
+            save_masks=config.eval.save_masks,
+            save_probabilities=config.eval.save_probabilities,
+        )
         scores[split] = evaluate_split(
-            split_task(config, split, rows, facts),
+            task,
             lambda order, clips=clips: build_loader(
                 clips, order, config.eval.batch_size, config.data.num_workers, config.seed
             ),
-            predict,
+            predict_batch,
             lambda sample: read_frames(index.frames_folder(sample.video_key), config.data.num_frames),
             chain_is_faithful if given is None else None,
         )
@@ -147,39 +164,13 @@ def run(config: RunConfig, stage: str) -> dict[str, Any]:
     return scores
 
 
-def split_task(config: RunConfig, split: str, rows: Sequence[Row], facts: dict[str, Any]) -> Any:
-    """What `evaluate_split` needs to know of a split."""
-    from utils.evaluation import SplitTask, spread
-
-    numbers = tuple(row.row for row in rows)
-    return SplitTask(
-        folder=Path(config.eval.output_dir) / split,
-        split=split,
-        rows=numbers,
-        protocols=config.eval.protocol,
-        batch_size=config.eval.batch_size,
-        facts=facts,
-        pictures=spread(numbers, [row.kind for row in rows], config.eval.pictures),
-        save_masks=config.eval.save_masks,
-        save_probabilities=config.eval.save_probabilities,
-    )
-
-
-def answer_of(prompts: Prompts, known: Mapping[int, CotRecord], kind: AnswerKind, sample: Sample) -> str:
-    """The true answer of a sample, as text."""
-    record = known.get(sample.row)
-    return prompts.answer_text(kind, sample.class_name, None if record is None else record.reasoning)
-
-
 def predictor(
     model: AuroraModel,
     tokenizer: PreTrainedTokenizerBase,
     settings: EvalConfig,
-    true_answer: Callable[[Sample], str] | None = None,
+    true_answer: Callable[[Sample], str] | None,
 ) -> Callable[[Batch], list[Prediction]]:
     """Batch -> predictions: generated answers, or true answers read as they stand."""
-    from model.aurora.features import FeatureCache
-    from model.aurora.inference import predict, predict_given
 
     def predict_batch(batch: Batch) -> list[Prediction]:
         # Clips repeat within a batch. Memory that outlived it would grow with the split; files may stay.
@@ -194,4 +185,4 @@ def predictor(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(evaluate_command(*PARSED))

@@ -1,4 +1,4 @@
-"""AVSBench's single-source (S4) and multi-source (MS3) subsets, in both published layouts, as rows for `ClipDataset`.
+"""AVSBench's single-source (S4) and multi-source (MS3) subsets, in both released layouts, as rows for `ClipDataset`.
 
 Layout v1 (AVSBench-object, OpenNLPLab/AVSBench avs_scripts/*/dataloader.py; numbers from 1, frames and masks 224 px):
 
@@ -23,15 +23,13 @@ pixel that is not black, whatever grey level or colour its class has.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from dataset.media import ImageFolder
 from dataset.prompt import S4_REFERENCE
-from dataset.refavs import Row
+from dataset.refavs import Row, is_folder_name, read_table, row_fault
 from utils.errors import DataError
 
 Subset = Literal["s4", "ms3"]
@@ -52,11 +50,11 @@ CATEGORY_OBJECTS = {
     "playing_ukulele": "ukulele", "playing_violin": "violin", "race_car": "car",
     "typing_on_computer_keyboard": "keyboard",
 }  # fmt: skip
-"""The 23 sound categories of S4 (layout v1) -> the thing that sounds, under Ref-AVS's name where it has one (ours)."""
+"""The 23 sound categories of S4 (layout v1) -> the thing that sounds, under Ref-AVS's name where it has one (our
+choice: AVSBench names sounds, not things)."""
 
 
-@dataclass(frozen=True)
-class _Media:
+class _Media(NamedTuple):
     """Where one clip lies."""
 
     frames: ImageFolder
@@ -125,13 +123,14 @@ class AvsBenchIndex:
             if self.subset == "s4":
                 category = self._folder_name(number, "category", cells["category"])
                 if category not in CATEGORY_OBJECTS:
-                    raise self._fault(number, "category", category, "is none of the 23 categories of S4")
-                class_name, inner, mark = CATEGORY_OBJECTS[category], f"{split}/{category}/{name}", f"{name}_"
-                frames = ImageFolder(data / "visual_frames" / inner, mark, 1)
+                    rule = "is none of the 23 categories of S4"
+                    raise row_fault(self.table, number, "category", category, rule)
+                class_name, inner = CATEGORY_OBJECTS[category], f"{split}/{category}/{name}"
+                frames = ImageFolder(data / "visual_frames" / inner, f"{name}_", 1)
             else:
-                class_name, inner, mark = "", f"{split}/{name}", f"{name}_"
+                class_name, inner = "", f"{split}/{name}"
                 frames = ImageFolder(data / "visual_frames" / name, f"{name}.mp4_", 1)
-            masks = ImageFolder(data / "gt_masks" / inner, mark, 1, True, self._partly(split))
+            masks = ImageFolder(data / "gt_masks" / inner, f"{name}_", 1, True, self._partly(split))
             yield self._row(number, name, split, class_name), _Media(frames, masks, data / "audio_wav" / f"{inner}.wav")
 
     def _v2_rows(self) -> Iterator[tuple[Row, _Media]]:
@@ -139,10 +138,10 @@ class AvsBenchIndex:
             if cells["label"] != _V2[self.subset]:
                 continue
             folder = self.root / cells["label"] / cells["uid"]
-            kinds = [folder / kind for kind in ("labels_rgb", "labels_semantic")]
-            labels = kinds[1] if kinds[1].is_dir() and not kinds[0].is_dir() else kinds[0]
+            coloured, numbered = folder / "labels_rgb", folder / "labels_semantic"
+            labels = numbered if numbered.is_dir() and not coloured.is_dir() else coloured
             masks = ImageFolder(labels, any_value=True, partly=self._partly(cells["split"]))
-            class_name = (cells.get("a_obj") or "") if self.subset == "s4" else ""
+            class_name = cells.get("a_obj", "") if self.subset == "s4" else ""
             media = _Media(ImageFolder(folder / "frames"), masks, folder / "audio.wav")
             yield self._row(number, cells["uid"], cells["split"], class_name), media
 
@@ -154,29 +153,21 @@ class AvsBenchIndex:
         return Row(number, clip, clip, clip, split, 0, S4_REFERENCE, class_name, 0)
 
     def _lines(self, needed: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
-        """(row number, column -> cell) of every line."""
-        try:
-            with open(self.table, encoding="utf-8-sig", newline="") as file:
-                reader = csv.DictReader(file, strict=True, restval="")
-                missing = [name for name in needed if name not in (reader.fieldnames or ())]
-                if missing:
-                    raise DataError(
-                        f"{self.table}: columns are {reader.fieldnames}, without {missing}. "
-                        "Remedy: restore the published table."
-                    )
-                lines = list(reader)
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise DataError(f"{self.table}: {error}. Remedy: restore the published table.") from error
-        for number, cells in enumerate(lines):
+        """(row number, column -> cell) of every line; cells that are missing at its end are empty."""
+        header, *lines = read_table(self.table) or [[]]
+        missing = [name for name in needed if name not in header]
+        if missing:
+            raise DataError(
+                f"{self.table}: columns are {header}, without {missing}. Remedy: restore the official table."
+            )
+        for number, values in enumerate(lines):
+            cells = dict(zip(header, [*values, *[""] * len(header)], strict=False))
             if cells["split"] not in SPLITS:
-                raise self._fault(number, "split", cells["split"], f"a split is one of {', '.join(SPLITS)}")
+                rule = f"a split is one of {', '.join(SPLITS)}"
+                raise row_fault(self.table, number, "split", cells["split"], rule)
             yield number, cells
 
     def _folder_name(self, number: int, field: str, value: str) -> str:
-        if not value or value in (".", "..") or any(c in value for c in "/\\\0:"):
-            raise self._fault(number, field, value, "is not the name of one folder")
+        if not is_folder_name(value):
+            raise row_fault(self.table, number, field, value, "is not the name of one folder")
         return value
-
-    def _fault(self, number: int, field: str, value: str, rule: str) -> DataError:
-        return DataError(f"{self.table}, row {number} (header excluded), {field} = {value!r}: {rule}. "
-                         "Remedy: correct the line, or restore the published table.")

@@ -1,33 +1,34 @@
 """`ClipDataset[i]`: metadata row -> decoded, preprocessed `Sample`.
 
 `dataset[i]` is a pure function of the row, the settings and their seed: no random augmentation, nothing that depends on
-the epoch or on what was read before (the published loader ignores `i`). Nothing is decoded at construction. Where rows
+the epoch or on what was read before (the released loader ignores `i`). Nothing is decoded at construction. Where rows
 of a clip follow each other (evaluation, mining), `repeated` keeps the newest clip, so that it is decoded once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import operator
+import pickle
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dataset.cot import CotRecord
-from dataset.media import read_audio, read_frames
-from dataset.packed import Packed, PackedMap
+from dataset.media import ClipIndex, read_audio, read_frames, read_truth
 from dataset.processor import AuroraProcessor
 from dataset.prompt import NEED_REASONING, AnswerKind, Prompts
+from dataset.records import CotRecord
 from dataset.refavs import Row
-from dataset.truth import ClipIndex, read_truth
 from utils.errors import DataError
 from utils.types import Sample
 
 Probe = Literal["none", "shuffle_audio", "zero_audio", "shuffle_video"]
-PROBES: tuple[str, ...] = ("none", "shuffle_audio", "zero_audio", "shuffle_video")
+PROBES: tuple[str, ...] = get_args(Probe)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class ClipSettings:
     answer: AnswerKind | None = None
     """Target answer; None = none (evaluation)."""
     teacher_answer: AnswerKind | None = None
-    """Answer that the distillation teacher reads (paper: "plain"; published code: "class"); None = no teacher."""
+    """Answer that the distillation teacher reads (paper: "plain"; released code: "class"); None = no teacher."""
     num_frames: int | None = None
     """Frames per clip, evenly spaced; None = all on disk."""
     max_image_pixels: int | None = None
@@ -50,10 +51,32 @@ class ClipSettings:
     """Ablation of what the language model perceives: another clip's sound or frames of the same split, or silence. What
     SAM sees, the masks and the pictures stay the row's own."""
     seed: int = 0
-    """Of the probe's exchange."""
+    """Decides which clips the probe exchanges."""
     repeated: bool = False
     """Keep the newest clip as it was decoded and preprocessed: rows of one clip follow each other. At SAM's 1024 pixels
     ten frames take 126 MB per decoding process."""
+
+
+class Packed(Generic[T]):
+    """A list in one block of memory; each access makes a new object, equal to the one that was packed.
+
+    A forked worker shares its parent's memory until one of the two writes to it, and Python writes to every object it
+    touches (its reference count). Over an epoch each worker would come to own a copy of all rows; a block of pickles is
+    only ever read.
+    """
+
+    def __init__(self, items: Iterable[T]) -> None:
+        blobs = [pickle.dumps(item, protocol=pickle.HIGHEST_PROTOCOL) for item in items]
+        self._ends = np.cumsum([0, *map(len, blobs)], dtype=np.int64)
+        self._block = np.frombuffer(b"".join(blobs), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, i: int) -> T:
+        """Item i. Raises IndexError, so that a loop over the list ends; a slice is refused (TypeError)."""
+        number = range(len(self))[operator.index(i)]
+        return pickle.loads(self._block[self._ends[number] : self._ends[number + 1]].data)
 
 
 class ClipDataset(Dataset[Sample]):
@@ -64,7 +87,7 @@ class ClipDataset(Dataset[Sample]):
         rows: the rows, in the order of `dataset[i]`.
         processor: preprocessing at the model's sizes.
         prompts: writes prompt and answer ids.
-        cot: reasoning records by row, of every row; may be left out if no answer kind is one of NEED_REASONING.
+        cot: reasoning records by row number, of every row; may be left out if no answer kind is one of NEED_REASONING.
         settings: see ClipSettings.
 
     Raises:
@@ -84,9 +107,10 @@ class ClipDataset(Dataset[Sample]):
             raise ValueError(f"probe = {settings.probe!r}: must be one of {', '.join(PROBES)}. Remedy: set eval.probe.")
         self.index, self.rows = index, Packed(rows)
         self.processor, self.prompts, self.settings = processor, prompts, settings
-        self.cot = PackedMap(cot or {})
+        cot = cot or {}
         if cot or settings.answer in NEED_REASONING or settings.teacher_answer in NEED_REASONING:
-            _check_reasoning(rows, cot or {})
+            _check_reasoning(rows, cot)
+        self.records = Packed(cot.get(row.row) for row in rows)
         self._newest: dict[str, tuple[str, Any]] = {}
         self._other: dict[tuple[str, str], str] = {}
         if settings.probe in ("shuffle_audio", "shuffle_video"):
@@ -105,11 +129,11 @@ class ClipDataset(Dataset[Sample]):
         """
         row = self.rows[i]
         try:
-            return self._sample(row)
+            return self._sample(row, self.records[i])
         except (DataError, ValueError) as error:
             raise DataError(f"sample {row.uid} (row {row.row}): {error}") from error
 
-    def _sample(self, row: Row) -> Sample:
+    def _sample(self, row: Row, record: CotRecord | None) -> Sample:
         settings, processor = self.settings, self.processor
         frames = self._keep("frames", row.clip, lambda: self._frames(row.clip))
         # The probe exchanges what the language model sees. SAM keeps the row's own frames: with others no mask could
@@ -141,11 +165,11 @@ class ClipDataset(Dataset[Sample]):
             masks=torch.from_numpy(masks),
             labelled=labelled,
             prompt_ids=self.prompts.prompt_ids(row.reference),
-            answer_ids=self._answer(row, settings.answer),
-            teacher_ids=self._answer(row, settings.teacher_answer),
+            answer_ids=self._answer(row, settings.answer, record),
+            teacher_ids=self._answer(row, settings.teacher_answer, record),
             video_key=video_clip,
             audio_key=audio_key,
-            label_start=self._label_start(row),
+            label_start=self._label_start(record),
             frames=frames if settings.keep_frames else None,
             truth=row.truth,
         )
@@ -181,15 +205,13 @@ class ClipDataset(Dataset[Sample]):
             self._newest[part] = clip, value
         return value
 
-    def _answer(self, row: Row, kind: AnswerKind | None) -> Tensor:
+    def _answer(self, row: Row, kind: AnswerKind | None, record: CotRecord | None) -> Tensor:
         if kind is None:
             return torch.empty(0, dtype=torch.int64)
-        record = self.cot.get(row.row)
         return self.prompts.answer_ids(kind, row.class_name, None if record is None else record.reasoning)
 
-    def _label_start(self, row: Row) -> int:
+    def _label_start(self, record: CotRecord | None) -> int:
         """First answer token that counts in the cross entropy."""
-        record = self.cot.get(row.row)
         if self.settings.answer != "reasoning" or record is None:
             return 0
         return self.prompts.answer_start(record.reasoning, record.loss_from)
@@ -212,7 +234,7 @@ def _check_reasoning(rows: Sequence[Row], cot: Mapping[int, CotRecord]) -> None:
     if missing:
         raise DataError(
             f"{len(missing)} of {len(rows)} rows have no reasoning, first {missing[0].uid} (row {missing[0].row}). "
-            "Remedy: complete data.cot, or keep the rows that have one (rows_with_reasoning)."
+            "Remedy: complete data.cot, or set data.incomplete_reasoning to drop."
         )
     for row in rows:
         if cot[row.row].uid != row.uid:

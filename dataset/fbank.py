@@ -1,7 +1,7 @@
 """Kaldi's log-mel filter bank, as the audio tower was trained on it, and how a clip's sound is laid out before.
 
 Equal to `torchaudio.compliance.kaldi.fbank(wave * 2**15, num_mel_bins, sample_frequency=16000, frame_length=25,
-frame_shift=10)` (bit-equal on the parity fixture), without needing torchaudio. Everything is float32: the published
+frame_shift=10)` (bit-equal on the parity fixture), without needing torchaudio. Everything is float32: the released
 code rounds the result to bfloat16 before it is normalised (AURORA utils/sem_seg_dataset.py:220), up to 0.03 off.
 """
 
@@ -114,7 +114,7 @@ def layout_clips(wave: Tensor, windows: int = 10, seconds: float = 1.0, sample_r
     spare = max(len(wave) - length, 0)
     if windows * length == len(wave):
         return wave
-    # the published start times are exact fractions, cut down to samples: whole-number arithmetic says the same
+    # the released start times are exact fractions, cut down to samples: whole-number arithmetic says the same
     starts = [spare * k // max(windows - 1, 1) for k in range(windows)]
     return torch.cat([wave[s : s + length] for s in starts])
 

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from dataset.avsbench import SPLITS, AvsBenchIndex
-from dataset.media import read_frames
+from dataset.media import ClipIndex, read_frames, read_truth
 from dataset.refavs import RefAvsIndex, Row, Split
-from dataset.truth import ClipIndex, read_truth
 from utils.errors import DataError
 
 

@@ -1,7 +1,7 @@
-"""Frames, masks and sound -> arrays. What is broken is refused here; nothing is replaced or guessed.
+"""Frames, masks and sound of a clip -> arrays. What is broken is refused here; nothing is replaced or guessed.
 
 Readers: opencv for images, librosa for sound (`dataset.video` reads video files). Every failure is a DataError that
-names the file and the remedy (`dataset.clips` adds the sample). The published loader pads, truncates or substitutes
+names the file and the remedy (`dataset.clips` adds the sample). The released loader pads, truncates or substitutes
 30 s of silence instead (AURORA utils/sem_seg_dataset.py:197-201, VideoLLaMA2 mm_utils.py:302).
 """
 
@@ -12,6 +12,7 @@ import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import cv2
 import librosa
@@ -19,7 +20,7 @@ import numpy as np
 import soundfile
 from PIL import Image
 
-from dataset.contained import contained
+from dataset.refavs import Row, contained
 from utils.errors import DataError
 
 SAMPLE_RATE = 16_000
@@ -50,6 +51,23 @@ class ImageFolder:
         return str(self.path)
 
 
+class ClipIndex(Protocol):
+    """Where the media of a benchmark lie (`dataset.refavs.RefAvsIndex`, `dataset.avsbench.AvsBenchIndex`)."""
+
+    table: Path
+    """The file that lists the rows."""
+
+    def rows(self, split: str) -> list[Row]: ...
+
+    def clips(self, split: str) -> list[str]: ...
+
+    def frames_folder(self, clip: str) -> Path | ImageFolder: ...
+
+    def audio_path(self, clip: str) -> Path: ...
+
+    def mask_folder(self, row: Row) -> Path | ImageFolder: ...
+
+
 def list_images(source: Path | ImageFolder) -> list[Path]:
     """Numbered images of a folder in numeric order (2.jpg before 10.jpg), without a gap from the first number on.
 
@@ -58,34 +76,32 @@ def list_images(source: Path | ImageFolder) -> list[Path]:
             out of the data set.
     """
     named = source if isinstance(source, ImageFolder) else ImageFolder(source)
-    folder, first = named.path, named.first
+    folder, prefix, first = named.path, named.prefix, named.first
     try:
         names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in _IMAGE_SUFFIXES)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(f"{folder}: no such folder. Remedy: restore it from the benchmark's archive.") from error
     found: dict[int, Path] = {}
     for name in names:
-        match = _NUMBERED.fullmatch(name.removeprefix(named.prefix))
-        if match is None or not name.startswith(named.prefix):
-            rule = f"an image is named by its number, as {named.prefix}{first}.jpg"
-            raise DataError(f"{folder / name}: {rule}. Remedy: rename or remove it.")
+        match = _NUMBERED.fullmatch(name.removeprefix(prefix)) if name.startswith(prefix) else None
+        path = folder / name
+        if match is None:
+            rule = f"an image is named by its number, as {prefix}{first}.jpg"
+            raise DataError(f"{path}: {rule}. Remedy: rename or remove it.")
         number = int(match.group(1))
         if number in found:
-            raise DataError(
-                f"{folder / name}: number {number} is also {found[number].name}. Remedy: remove one of them."
-            )
-        path = folder / name
+            raise DataError(f"{path}: number {number} is also {found[number].name}. Remedy: remove one of them.")
         # a link within the data set is fine (a null clip may share the frames of its original), one out of it is not
         found[number] = contained(path, folder.resolve().parent.parent) if path.is_symlink() else path
     if not found:
         raise DataError(f"{folder}: holds no image. Remedy: restore the clip from the benchmark's archive.")
     wanted = range(first, first + len(found))
-    for number in wanted:
-        if number not in found:
-            raise DataError(
-                f"{folder}: image {number} is missing, though {max(found)} exists; images are numbered from {first} "
-                "without a gap. Remedy: restore the missing file."
-            )
+    missing = next((number for number in wanted if number not in found), None)
+    if missing is not None:
+        raise DataError(
+            f"{folder}: image {missing} is missing, though {max(found)} exists; images are numbered from {first} "
+            "without a gap. Remedy: restore the missing file."
+        )
     return [found[number] for number in wanted]
 
 
@@ -102,15 +118,12 @@ def frame_indexes(total: int, count: int) -> list[int]:
 
 
 def read_frames(folder: Path | ImageFolder, count: int | None = None, max_pixels: int | None = None) -> np.ndarray:
-    """Frames of a clip in numeric order.
+    """Frames of a clip in numeric order, uint8 [T,H,W,3] RGB.
 
     Args:
         folder: `media/<clip>/frames`, or where another benchmark keeps them.
         count: frames wanted, evenly spaced; None = all.
         max_pixels: larger images are refused before they are decoded.
-
-    Returns:
-        uint8 [T,H,W,3] RGB.
 
     Raises:
         DataError: a gap in the numbers, a truncated or unreadable image, images of unequal size.
@@ -139,9 +152,9 @@ def read_masks(
     indexes: list[int] | None = None,
     max_pixels: int | None = None,
 ) -> np.ndarray:
-    """Masks of one object, one for each frame of its clip.
+    """Masks of one object, one for each frame of its clip, bool [T,H,W].
 
-    Foreground is 255 and background 0. The published loader takes 255 as foreground and all else as background
+    Foreground is 255 and background 0. The released loader takes 255 as foreground and all else as background
     (AURORA utils/sem_seg_dataset.py:557), the official one thresholds above 0; on {0, 255} they agree, so any other
     value is refused here instead of being read either way.
 
@@ -151,9 +164,6 @@ def read_masks(
         size: (height, width) of the frames.
         indexes: the masks wanted; None = all.
         max_pixels: larger images are refused before they are decoded.
-
-    Returns:
-        bool [T,H,W].
 
     Raises:
         DataError: a mask without a frame or the reverse, another size, a value other than 0 and 255, a broken file.
@@ -166,34 +176,69 @@ def read_masks(
             f"Remedy: restore the missing files of {'the masks' if len(paths) < count else 'the frames'}."
         )
     masks = []
-    for index in range(count) if indexes is None else indexes:
-        image = read_image(paths[index], cv2.IMREAD_GRAYSCALE, max_pixels)
+    for path in paths if indexes is None else [paths[i] for i in indexes]:
+        image = read_image(path, cv2.IMREAD_GRAYSCALE, max_pixels)
         if image.shape != tuple(size):
             raise DataError(
-                f"{paths[index]}: {image.shape[1]}x{image.shape[0]} pixels, but the frame has {size[1]}x{size[0]}; "
+                f"{path}: {image.shape[1]}x{image.shape[0]} pixels, but the frame has {size[1]}x{size[0]}; "
                 "a mask has its frame's size. Remedy: restore mask and frame from one release."
             )
         mask = image != 0
         if not any_value and not np.array_equal(mask, image == 255):
             odd = sorted(set(np.unique(image).tolist()) - {0, 255})
             raise DataError(
-                f"{paths[index]}: values {odd[:5]}; a mask holds 0 (background) and 255 (object) only. "
+                f"{path}: values {odd[:5]}; a mask holds 0 (background) and 255 (object) only. "
                 "Remedy: write it as an 8-bit black and white PNG."
             )
         masks.append(mask)
     return np.stack(masks)
 
 
+def read_truth(
+    index: ClipIndex,
+    row: Row,
+    size: tuple[int, int],
+    num_frames: int | None = None,
+    max_pixels: int | None = None,
+) -> tuple[np.ndarray, tuple[int, ...] | None]:
+    """Ground truth of a row, bool [T,H,W], and which of the T frames have one (None = all; the others are False).
+
+    A null row's mask is empty by definition: its folder may be absent; one that is there is not read. Where it marks
+    an object, scripts/check_data.py counts it ("object of a null row", a warning), and the run goes on.
+
+    Args:
+        index: says where media lie.
+        row: the row.
+        size: (height, width) of the clip's frames.
+        num_frames: frames read of the clip, evenly spaced; None = all.
+        max_pixels: larger images are refused before they are decoded.
+
+    Raises:
+        DataError: see `read_masks`.
+    """
+    total = len(list_images(index.frames_folder(row.clip)))
+    indexes = list(range(total)) if num_frames is None else frame_indexes(total, num_frames)
+    folder = index.mask_folder(row)
+    masks = np.zeros((len(indexes), *size), dtype=bool)
+    if isinstance(folder, ImageFolder) and folder.partly:
+        count = min(len(list_images(folder)), total)
+        labelled = tuple(k for k, i in enumerate(indexes) if i < count)
+        if not labelled:
+            raise DataError(f"{folder}: none of the frames read has a mask. Remedy: set data.num_frames to null.")
+        masks[list(labelled)] = read_masks(folder, count, size, [indexes[k] for k in labelled], max_pixels)
+        return masks, None if len(labelled) == len(indexes) else labelled
+    return (masks if row.is_null else read_masks(folder, total, size, indexes, max_pixels)), None
+
+
 def read_audio(path: Path, sample_rate: int = SAMPLE_RATE, max_seconds: float | None = None) -> np.ndarray:
-    """Mono sound: the mean of the channels, Fourier-resampled as published (AURORA utils/sem_seg_dataset.py:147-152).
+    """Mono sound, float32 [samples] in about [-1, 1]: the mean of the channels, Fourier-resampled.
+
+    The released code does the same (AURORA utils/sem_seg_dataset.py:147-152).
 
     Args:
         path: a file that libsndfile reads (wav, flac, ogg, mp3).
         sample_rate: Hz wanted.
         max_seconds: longer files are refused before they are decoded.
-
-    Returns:
-        float32 [samples] in about [-1, 1].
 
     Raises:
         DataError: missing, unreadable, empty, too long, or not finite.
@@ -206,10 +251,8 @@ def read_audio(path: Path, sample_rate: int = SAMPLE_RATE, max_seconds: float | 
         if info.frames == 0:
             raise DataError(f"{path}: holds no sound (0 samples). {remedy}")
         if info.samplerate > MAX_SAMPLE_RATE or info.channels > MAX_CHANNELS:  # the length in seconds says nothing then
-            raise DataError(
-                f"{path}: {info.samplerate} Hz, {info.channels} channels; limits {MAX_SAMPLE_RATE} and {MAX_CHANNELS}. "
-                f"{remedy}"
-            )
+            limits = f"limits {MAX_SAMPLE_RATE} and {MAX_CHANNELS}"
+            raise DataError(f"{path}: {info.samplerate} Hz, {info.channels} channels; {limits}. {remedy}")
         if max_seconds is not None and info.duration > max_seconds:
             raise DataError(
                 f"{path}: {info.duration:.1f} s, limit {max_seconds:g} s. "
@@ -224,20 +267,46 @@ def read_audio(path: Path, sample_rate: int = SAMPLE_RATE, max_seconds: float | 
         wave = wave.mean(axis=0)
     if not np.isfinite(wave).all():
         raise DataError(f"{path}: holds NaN or infinite samples. {remedy}")
-    if rate != sample_rate:
-        wave = librosa.resample(wave, orig_sr=rate, target_sr=sample_rate, res_type="fft")
+    return resampled(wave, rate, sample_rate)
+
+
+def resampled(wave: np.ndarray, rate: float, wanted: int = SAMPLE_RATE) -> np.ndarray:
+    """float32 [samples] of a mono sound at `wanted` Hz, by the Fourier method."""
+    if rate != wanted:
+        wave = librosa.resample(wave, orig_sr=rate, target_sr=wanted, res_type="fft")
     return np.ascontiguousarray(wave, dtype=np.float32)
 
 
-def _read_bytes(path: Path, most: int | None) -> bytes:
+def read_image(path: Path, mode: int, max_pixels: int | None) -> np.ndarray:
+    """One image as opencv's `mode` reads it, uint8 [H,W,3] BGR or [H,W] (uint16 where the mode keeps the depth).
+
+    The orientation tag is ignored, as masks are drawn on the stored pixels. Raises DataError for a broken file.
+    """
+    remedy = "Remedy: restore the file from the benchmark's archive."
+    most = None if max_pixels is None else MAX_BYTES_PER_PIXEL * max_pixels + (1 << 20)
     try:
         size = path.stat().st_size
         if most is not None and size > most:
-            raise DataError(f"{path}: {size} bytes, no image of the allowed size has more than {most}. "
-                            "Remedy: restore the file, or raise data.max_image_pixels.")
-        return path.read_bytes()
+            raise DataError(
+                f"{path}: {size} bytes, no image of the allowed size has more than {most}. "
+                "Remedy: restore the file, or raise data.max_image_pixels."
+            )
+        data = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}. Remedy: restore the file.") from error
+        raise DataError(f"{path}: {error.strerror}. {remedy}") from error
+    height, width = _header_size(path, data)
+    if max_pixels is not None and height * width > max_pixels:
+        raise DataError(
+            f"{path}: {width}x{height} pixels, limit {max_pixels}. "
+            "Remedy: scale it down, or raise data.max_image_pixels."
+        )
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), mode | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error as error:
+        raise DataError(f"{path}: cannot be decoded ({error.err}). {remedy}") from error
+    if image is None or image.shape[:2] != (height, width):
+        raise DataError(f"{path}: cannot be decoded. {remedy}")
+    return image
 
 
 def _header_size(path: Path, data: bytes) -> tuple[int, int]:
@@ -255,24 +324,3 @@ def _header_size(path: Path, data: bytes) -> tuple[int, int]:
     if not complete:
         raise DataError(f"{path}: truncated ({len(data)} bytes, the end marker is missing). {remedy}")
     return height, width
-
-
-def read_image(path: Path, mode: int, max_pixels: int | None) -> np.ndarray:
-    """One image as opencv's `mode` reads it, uint8 [H,W,3] BGR or [H,W] (uint16 where the mode keeps the depth).
-
-    The orientation tag is ignored, as masks are drawn on the stored pixels. Raises DataError for a broken file.
-    """
-    data = _read_bytes(path, None if max_pixels is None else MAX_BYTES_PER_PIXEL * max_pixels + (1 << 20))
-    height, width = _header_size(path, data)
-    if max_pixels is not None and height * width > max_pixels:
-        raise DataError(
-            f"{path}: {width}x{height} pixels, limit {max_pixels}. "
-            "Remedy: scale it down, or raise data.max_image_pixels."
-        )
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), mode | cv2.IMREAD_IGNORE_ORIENTATION)
-    except cv2.error as error:
-        raise DataError(f"{path}: cannot be decoded ({error.err}). Remedy: restore the file.") from error
-    if image is None or image.shape[:2] != (height, width):
-        raise DataError(f"{path}: cannot be decoded. Remedy: restore the file from the benchmark's archive.")
-    return image

@@ -1,12 +1,13 @@
-"""The only place with prompt text: a reference -> chat ids with the media placeholder, an answer -> target ids.
+"""The only place with prompt text: a reference -> ids with the media placeholder, an answer -> target ids.
 
     <|im_start|>system\\n{system}<|im_end|>\\n
     <|im_start|>user\\n<video>\\nThe reference is: {reference} Please segment ... images.<|im_end|>\\n
     <|im_start|>assistant\\n            {answer}<|im_end|>
 
-Qwen2's chat template, tokenised in pieces as the published code does (VideoLLaMA2 mm_utils.py,
+Qwen2's chat template, tokenised in pieces as the released code does (VideoLLaMA2 mm_utils.py,
 tokenizer_multimodal_token): the negative placeholder id stands between the pieces before and after `<video>`. One
-placeholder stands for a clip with sound: it becomes [video tokens, audio tokens].
+placeholder stands for a clip with sound: it becomes [video tokens, audio tokens]. `UnmarkedPrompts` and
+`ReferencePrompts` serve models that do not write [SEG] (`model.prompter`; paper tables 2 and 7).
 
 Control ids are set by this module alone. Text from data files goes through a tokenizer that knows no added token: a
 reference or a reasoning that spells "[SEG]", "<video>" or "<|im_start|>" is read as those characters, steering nothing.
@@ -16,14 +17,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
+from transformers import CLIPTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
 
+from configs.schema import ModelConfig
 from utils.errors import DataError
 from utils.types import VIDEO_PLACEHOLDER
 
@@ -127,9 +130,9 @@ class Prompts:
         """int64 [L]: a target answer with its <|im_end|>.
 
         Args:
-            kind: "reasoning" (paper section 3.1), "conclusion" (ours: the last two sentences of the reasoning, which
-                restate the reference and name the target), "class" (what the published distillation teacher reads,
-                LISA_ref_distill.py:210) or "plain" (the paper's teacher, section 3.1).
+            kind: "reasoning" (paper section 3.1), "conclusion" (our choice, for short answers: the last two sentences
+                of the reasoning, which restate the reference and name the target), "class" (what the released
+                distillation teacher reads, LISA_ref_distill.py:210) or "plain" (the paper's teacher, section 3.1).
             class_name: name for kind "class".
             reasoning: chain of thought for the first two kinds, without the ending.
 
@@ -170,6 +173,76 @@ class Prompts:
     def _text(self, text: str) -> list[int]:
         """Ids of plain text: no control token can come out, whatever the text spells."""
         return self._plain.encode(text, add_special_tokens=False).ids
+
+
+class UnmarkedPrompts(Prompts):
+    """Answers without "It is [SEG].": the vocabulary stays as it is, and what prompts SAM is appended by the model."""
+
+    def answer_ids(self, kind: AnswerKind, class_name: str, reasoning: str | None = None) -> Tensor:
+        """int64 [L]: the answer with its <|im_end|>; kind plain is <|im_end|> alone. Errors as in `Prompts`."""
+        return torch.tensor([*self._text(self.answer_text(kind, class_name, reasoning)), self._end])
+
+    def answer_text(self, kind: AnswerKind, class_name: str, reasoning: str | None = None) -> str:
+        """The same as text: the reasoning, "It is {class}." or nothing."""
+        before = self._before_seg(kind, class_name, reasoning)
+        return f"It is {class_name}." if kind == "class" else before.removesuffix("It is ").rstrip()
+
+
+class ReferencePrompts(Prompts):
+    """Prompts that are the reference alone, for a text encoder; nothing reads the answers.
+
+    Args:
+        tokenizer, seg_id, system_prompt: as for `Prompts`.
+        encode: reference -> ids of the text encoder; None = the language model's own words.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        seg_id: int,
+        system_prompt: SystemPrompt,
+        encode: Callable[[str], list[int]] | None = None,
+    ) -> None:
+        super().__init__(tokenizer, seg_id, system_prompt)
+        self._encode = encode or self._text
+
+    def prompt_ids(self, reference: str) -> Tensor:
+        """int64 [L]: the reference's ids."""
+        return torch.tensor(self._encode(reference))
+
+
+class ClipWords:
+    """CLIP's tokenizer from a local folder: a text -> ids between its start and end tokens.
+
+    Args:
+        folder: `model.text_encoder`.
+
+    Raises:
+        DataError: no tokenizer there.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        try:
+            self._tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{folder}: no CLIP tokenizer ({error}). Remedy: set model.text_encoder.") from error
+        if len(self._tokenizer) < 3:
+            raise DataError(f"{folder}: a CLIP tokenizer without words. Remedy: put vocab.json and merges.txt there.")
+
+    def __call__(self, text: str) -> list[int]:
+        """Ids, cut to CLIP's 77 positions with the end token kept."""
+        longest = min(self._tokenizer.model_max_length, 77)
+        return self._tokenizer(text, truncation=True, max_length=longest)["input_ids"]
+
+
+def build_prompts(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seg_id: int) -> Prompts:
+    """The prompts that `model.prompter` needs, with the tokenizer of the base."""
+    if config.prompter == "learnable_tokens":
+        return UnmarkedPrompts(tokenizer, seg_id, config.system_prompt)
+    if config.prompter == "text_encoder":
+        encode = None if config.text_encoder is None else ClipWords(config.text_encoder)
+        return ReferencePrompts(tokenizer, seg_id, config.system_prompt, encode)
+    return Prompts(tokenizer, seg_id, config.system_prompt)
 
 
 def conclusion(reasoning: str) -> str:

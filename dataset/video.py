@@ -1,9 +1,9 @@
 """One video file with its sound, or a folder of frames with a wav -> what the model reads of a clip.
 
 A clip is read as the benchmark's are: T frames at equal distances from its beginning (ten of a ten-second clip: one a
-second) and mono sound at 16 kHz. What a file holds is asked first, so that a missing stream and a codec that cannot be
-decoded are told apart. decord decodes the frames, PyAV the sound: of stereo tracks (AAC, Opus and MP3 were tried)
-decord 0.6 gives NaN, and its mono is louder by the square root of 2 than the channels' mean, which the model knows.
+second) and mono sound at 16 kHz. decord decodes the frames, PyAV the sound: of stereo tracks (AAC, Opus and MP3 were
+tried) decord 0.6 gives NaN, and its mono is louder by the square root of 2 than the channels' mean, which the model
+knows.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from pathlib import Path
 
 import av
 import decord
-import librosa
 import numpy as np
 
-from dataset.media import SAMPLE_RATE, read_audio, read_frames
+from dataset.media import SAMPLE_RATE, read_audio, read_frames, resampled
 from utils.errors import DataError
 
 FRAMES = 10
@@ -64,21 +63,34 @@ def read_clip(path: Path, frames: int = FRAMES, max_pixels: int | None = None, m
     """
     if path.is_dir():
         return _read_folder(path, max_pixels, max_seconds, with_sound)
-    streams = probe(path)
-    reader = _open(path, streams)
-    total, rate = len(reader), float(reader.get_avg_fps())
-    del reader
-    seconds = total / rate if rate > 0 else 0.0
-    if seconds < MIN_SECONDS:
+    streams = probe(path)  # asked first: a missing stream and a codec that cannot be decoded are told apart
+    try:
+        # one thread: decord's pool can deadlock in a forked worker (VideoLLaMA2 mm_utils.py, same note)
+        reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
+        total, rate = len(reader), float(reader.get_avg_fps())
+        seconds = total / rate if rate > 0 else 0.0
+        height, width = reader[0].shape[:2] if total else (0, 0)
+        for broken, rule in (
+            (seconds < MIN_SECONDS,
+             f"{seconds:.2f} s; the model reads windows of one second. Remedy: use a clip of a second or more."),
+            (max_seconds is not None and seconds > max_seconds,
+             f"{seconds:.1f} s, limit {max_seconds} s. Remedy: cut it."),
+            (total < frames, f"{total} frames, {frames} wanted. Remedy: ask for fewer frames."),
+            (max_pixels is not None and height * width > max_pixels,
+             f"{width}x{height} pixels, limit {max_pixels}. Remedy: scale it down."),
+        ):  # fmt: skip
+            if broken:
+                raise DataError(f"{path}: {rule}")
+        found = np.stack([_without_padding(reader[int(k * total / frames + 1e-6)].asnumpy()) for k in range(frames)])
+    except (decord.DECORDError, RuntimeError) as error:
+        # the last part of decord's first line, without time and source file
+        reason = str(error).splitlines()[0].rpartition("] ")[2].rpartition(".cc:")[2].partition(": ")[2]
         raise DataError(
-            f"{path}: {seconds:.2f} s; the model reads windows of one second. Remedy: use a clip of a second or more."
-        )
-    if total < frames:
-        raise DataError(f"{path}: {total} frames, {frames} wanted. Remedy: ask for fewer frames.")
-    found = read_video_frames(path, rate * frames / total, max_pixels, max_seconds)[:frames]
-    times = tuple(seconds * k / frames for k in range(len(found)))
+            f"{path}: video codec {streams.video} cannot be decoded ({reason or str(error)[:80]}). "
+            f"Remedy: convert it, ffmpeg -i {path.name} -c:v libx264 -c:a aac converted.mp4."
+        ) from error
     sound = read_sound(path, seconds) if with_sound and streams.audio else None
-    return VideoClip(found, times, seconds, sound)
+    return VideoClip(found, tuple(seconds * k / frames for k in range(frames)), seconds, sound)
 
 
 def probe(path: Path) -> Streams:
@@ -128,49 +140,9 @@ def read_sound(path: Path, seconds: float) -> np.ndarray:
         ) from error
     if not blocks:
         raise DataError(f"{path}: its audio stream is empty. Remedy: give a wav.")
-    wave = np.concatenate(blocks, axis=1).mean(axis=0)
-    if rate != SAMPLE_RATE:
-        wave = librosa.resample(wave, orig_sr=rate, target_sr=SAMPLE_RATE, res_type="fft")
+    wave = resampled(np.concatenate(blocks, axis=1).mean(axis=0), rate)
     samples = round(seconds * SAMPLE_RATE)
-    return np.pad(wave[:samples], (0, max(0, samples - len(wave)))).astype(np.float32)
-
-
-def read_video_frames(
-    path: Path, fps: float = 1.0, max_pixels: int | None = None, max_seconds: float | None = None
-) -> np.ndarray:
-    """Frames of a video file at `fps`: those shown at 0, 1/fps, 2/fps ... seconds.
-
-    Args:
-        path: a file that decord (ffmpeg) reads.
-        fps: frames kept per second; at most the file's own rate.
-        max_pixels: larger frames are refused after the first.
-        max_seconds: longer videos are refused before decoding.
-
-    Returns:
-        uint8 [T,H,W,3] RGB.
-
-    Raises:
-        DataError: missing, unreadable, without frames, too long or too large.
-    """
-    remedy = "Remedy: convert it to H.264 in mp4."
-    if not path.is_file():
-        raise DataError(f"{path}: no such file. Remedy: name an existing video.")
-    try:
-        # one thread: decord's pool can deadlock in a forked worker (VideoLLaMA2 mm_utils.py, same note)
-        reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
-        total, rate = len(reader), float(reader.get_avg_fps())
-        if total == 0 or not rate > 0:
-            raise DataError(f"{path}: holds no frames. {remedy}")
-        if max_seconds is not None and total / rate > max_seconds:
-            raise DataError(f"{path}: {total / rate:.1f} s, limit {max_seconds:g} s. Remedy: cut it.")
-        step = max(rate / fps, 1.0)
-        indexes = [min(int(k * step + 1e-6), total - 1) for k in range(max(int(total / step + 1e-6), 1))]
-        height, width = reader[0].shape[:2]
-        if max_pixels is not None and height * width > max_pixels:
-            raise DataError(f"{path}: {width}x{height} pixels, limit {max_pixels}. Remedy: scale it down.")
-        return np.stack([_without_padding(reader[i].asnumpy()) for i in indexes])
-    except (decord.DECORDError, RuntimeError) as error:
-        raise DataError(f"{path}: cannot be read as video ({str(error).splitlines()[0]}). {remedy}") from error
+    return np.pad(wave[:samples], (0, max(0, samples - len(wave))))
 
 
 def _without_padding(frame: np.ndarray) -> np.ndarray:
@@ -183,16 +155,6 @@ def _without_padding(frame: np.ndarray) -> np.ndarray:
     if channels == 3:
         return frame
     return np.ascontiguousarray(frame.reshape(height, -1)[:, : 3 * width]).reshape(height, width, 3)
-
-
-def _open(path: Path, streams: Streams) -> decord.VideoReader:
-    try:
-        return decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
-    except (decord.DECORDError, RuntimeError) as error:
-        raise DataError(
-            f"{path}: video codec {streams.video} cannot be decoded ({_reason(error)}). "
-            f"Remedy: convert it, ffmpeg -i {path.name} -c:v libx264 -c:a aac converted.mp4."
-        ) from error
 
 
 def _read_folder(path: Path, max_pixels: int | None, max_seconds: float | None, with_sound: bool) -> VideoClip:
@@ -209,8 +171,3 @@ def _read_folder(path: Path, max_pixels: int | None, max_seconds: float | None, 
 def _codec(stream: av.stream.Stream) -> str:
     """Its name; a stream whose decoder is unknown has none."""
     return stream.codec_context.codec.canonical_name if stream.codec_context is not None else "unknown"
-
-
-def _reason(error: Exception) -> str:
-    """The last part of decord's first line, without time and source file."""
-    return str(error).splitlines()[0].rpartition("] ")[2].rpartition(".cc:")[2].partition(": ")[2] or str(error)[:80]

@@ -1,13 +1,14 @@
 """The paper's ablations: train, evaluate and tabulate every row of a table.
 
-    python scripts/ablate.py --table 4 --seeds 3                    # on the mini world
+    python scripts/ablate.py --table 4 --seeds 3                        # on the mini world
     python scripts/ablate.py --table all --seeds 3 --jobs 2 --docs docs/ablations_mini.md
-    python scripts/ablate.py --table 2 --scale paper --dry-run      # the runs with estimated GPU-hours
-    python scripts/ablate.py --table 2 --scale paper --print-commands   # each run as a job of its own
+    python scripts/ablate.py --table 2 --scale paper --dry-run          # the runs with estimated GPU-hours
+    python scripts/ablate.py --table 2 --scale paper --print-commands   # for a cluster; --report makes the table then
 
 Rows and runs are declared in configs/ablations.yaml. A run's folder is named by a hash of its resolved configuration,
 of the runs it builds upon and its seed: what rows share is made once, a changed value makes exactly the runs that
-depend on it anew, a finished run is not made again, an interrupted one continues. Results: <out>/table_<N>.{md,json}.
+depend on it anew, a finished run is not made again unless the code has changed, an interrupted one continues.
+Results: <out>/table_<N>.{md,json,csv,html}.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +37,8 @@ sys.path.insert(0, str(ROOT))
 
 from configs.schema import RunConfig  # noqa: E402 - the project's root must be on the path first
 from utils.config import check_paths, load_config  # noqa: E402
-from utils.errors import AuroraError, ConfigError, plain  # noqa: E402
-from utils.files import write_bytes, write_json  # noqa: E402
-from utils.pipeline import StepError, locked  # noqa: E402
+from utils.errors import AuroraError, ConfigError, run_command  # noqa: E402
+from utils.files import hash_files, lock, write_json, write_text  # noqa: E402
 from utils.report.ablations import Table, document, outcome, write_table  # noqa: E402
 from utils.tables import format_table  # noqa: E402
 
@@ -47,17 +46,9 @@ DECLARED = "configs/ablations.yaml"
 NO_MATTER: dict[str, Any] = {"output_dir": True, "log": True, "engine": {"threads"}, "data": {"num_workers"},
                              "eval": {"output_dir"}}  # fmt: skip
 """Fields that no result depends on: they are no part of a run's hash."""
-MODEL_CODE = ("dataset/*.py", "model/**/*.py", "assets/mini_base/*", "utils/types.py", "utils/answers.py")
-EVAL_CODE = (*MODEL_CODE, "train_ds_test.py", "utils/evaluation.py", "utils/metrics*.py", "utils/scoring.py")
-CODE = {
-    "train_ds.py": (*MODEL_CODE, "train_ds.py", "utils/engine.py", "utils/seed.py"),
-    "train_ds_test.py": EVAL_CODE,
-    "scripts/mine_failures.py": (*EVAL_CODE, "dataset/annotate/**/*", "scripts/mine_failures.py"),
-    "scripts/make_mini_world.py": ("dataset/mini/*.py", "scripts/make_mini_world.py"),
-    "scripts/make_mini_s4.py": ("dataset/mini/scene.py", "scripts/make_mini_s4.py"),
-}
-"""Script -> glob patterns of what its result depends on; of any other script, the data engine's and itself."""
-ENGINE_CODE = ("dataset/*.py", "dataset/annotate/**/*", "utils/answers.py")
+CODE = ("dataset/**/*.py", "model/**/*.py", "assets/mini_base/*", "train_ds*.py", "utils/types.py", "utils/answers.py",
+        "utils/engine.py", "utils/evaluation.py", "utils/metrics.py", "utils/scoring.py")  # fmt: skip
+"""What a result depends on besides."""
 IN_SEVERAL_PROCESSES = ("train_ds.py", "train_ds_test.py", "scripts/mine_failures.py")
 PLACE = re.compile(r"\{(\w+)\}")
 
@@ -81,8 +72,11 @@ class Run:
     needs: tuple[str, ...]
     """Names of runs."""
     config: RunConfig | None
-    settings: str
-    """What the result of a run with a configuration depends on, but for code and the runs it needs."""
+
+    @property
+    def stamp(self) -> Path:
+        """Holds the hash of the code it was begun with and, once it is done, its seconds."""
+        return self.folder.parent / "steps" / f"{self.name}.json"
 
 
 class Plan:
@@ -144,21 +138,18 @@ class Plan:
         names = {name: run.folder.name for name, run in parents.items()}
         config = load_config(path, [f"seed={seed}", *_filled(fields, names)])
         resolved = config.model_dump(mode="json", exclude=NO_MATTER)
-        settings = json.dumps([resolved, sorted(run.key for run in parents.values())], sort_keys=True)
-        key = _hash(settings)
+        key = _hash([resolved, sorted(run.key for run in parents.values())])
         kind = kind if checkpoint is None else f"{kind}_{PLACE.findall(checkpoint)[0]}"
         folder = self.out / f"{kind}-s{seed}-{key}"
         own = [f"output_dir={folder}", f"seed={seed}", *_filled(fields, {n: r.folder for n, r in parents.items()})]
         if checkpoint is None:
-            script, batch, output = "train_ds.py", self._batch(config), folder / "final/config.yaml"
-            own, settings = [*own, *batch], " ".join([settings, *batch])
+            script, output = "train_ds.py", folder / "final/config.yaml"
+            own += self._batch(config)
         else:
             script, output = "train_ds_test.py", folder / config.eval.splits[-1] / "metrics.json"
             own.append(f"eval.output_dir={folder}")
         needs = tuple(run.name for run in parents.values())
-        return Run(
-            kind, seed, folder.name, key, (script, "--config", path, *own), folder, output, needs, config, settings
-        )  # fmt: skip
+        return Run(kind, seed, folder.name, key, (script, "--config", path, *own), folder, output, needs, config)
 
     def _command(self, kind: str, seed: int, text: str) -> Run:
         parents = {name: self.add(name, seed) for name in PLACE.findall(text) if name != "folder"}
@@ -169,14 +160,14 @@ class Plan:
             overrides = [word for word in words if re.match(r"[a-z_.]+=", word)]
             config = load_config(words[words.index("--config") + 1], overrides)
             settings.append(config.model_dump(mode="json", exclude=NO_MATTER))
-        key = _hash(json.dumps(settings, sort_keys=True))
+        key = _hash(settings)
         shared = "{folder}" not in text  # data that is made once for all
         folder = Path(words[words.index("--out") + 1]) if shared else self.out / f"{kind}-s{seed}-{key}"
         paths = {"folder": folder, **{name: run.folder for name, run in parents.items()}}
         command = tuple(_put(word, paths) for word in words)
         output = Path(command[words.index("--out") + 1])
         needs = tuple(run.name for run in parents.values())
-        return Run(kind, seed, kind if shared else folder.name, key, command, folder, output, needs, None, "")
+        return Run(kind, seed, kind if shared else folder.name, key, command, folder, output, needs, None)
 
     def _batch(self, config: RunConfig) -> list[str]:
         """Keeps a step's clips where another number of processes is asked for than the configurations are made for."""
@@ -194,12 +185,19 @@ class Plan:
         above = (other for parent in self.runs[name].needs for other in self.ancestors(parent))
         return dict.fromkeys([*above, name])
 
+    def launched(self, run: Run) -> tuple[str, ...]:
+        """Its command line. torchrun, because `deepspeed` does not pass SIGTERM on to the processes it starts."""
+        if self.processes == 1 or run.command[0] not in IN_SEVERAL_PROCESSES:
+            return ("python", *run.command)
+        several = ("--standalone", "--nproc-per-node", str(self.processes))
+        return ("python", "-m", "torch.distributed.run", *several, *run.command)
+
 
 class Maker:
-    """Makes the runs of a plan; a run is done when its stamp holds the hash of all that it depends on.
+    """Makes the runs of a plan; a run is done when its output is there, unless it was begun with other code.
 
-    Stamps stand in `steps` beside a run's folder. Each run is made under a lock of its own, so that several of these
-    may share a folder; the command holds the lock too, so that none starts while one that outlived its parent writes.
+    Each run is made under a lock of its own, so that several of these may share a folder; the command holds the lock
+    too, so that none starts while one that outlived its parent writes.
 
     Args:
         plan: the runs.
@@ -208,106 +206,82 @@ class Maker:
 
     def __init__(self, plan: Plan, any_code: bool) -> None:
         self.plan, self.any_code = plan, any_code
-        self.digests: dict[str, str] = {}
-        for name, run in plan.runs.items():
-            self.digests[name] = _digest(run, [self.digests[other] for other in run.needs])
+        self.code = hash_files({path for pattern in CODE for path in Path().glob(pattern) if path.is_file()})
         self.children: set[subprocess.Popen[bytes]] = set()
-        self.stopping = threading.Event()
+        self.stopping = False
 
-    def seconds(self) -> dict[str, float]:
-        """Name -> seconds of the runs that are done."""
-        stamps = {name: _stamp(run) for name, run in self.plan.runs.items() if run.output.exists()}
-        found = {name: json.loads(path.read_text()) for name, path in stamps.items() if path.is_file()}
-        return {n: s["seconds"] for n, s in found.items() if self.any_code or s["hash"] == self.digests[n]}
+    def seconds(self) -> dict[str, float | None]:
+        """Name -> seconds of the runs that are done, None where they are not known (it ran on a cluster)."""
+        done = {name: run for name, run in self.plan.runs.items() if run.output.exists() and not self._outdated(run)}
+        return {name: self._stamp(run).get("seconds") for name, run in done.items()}
 
     def everything(self, jobs: int) -> None:
         """Makes what is not done, `jobs` runs at a time, in the given order where nothing speaks against it.
 
         Raises:
             ConfigError: a file that no run makes is missing.
-            StepError: a command failed; what runs beside it is ended, to be continued by the next call.
+            AuroraError: a command failed; what runs beside it is ended, to be continued by the next call.
         """
         done = self.seconds()
         waiting = {name: run for name, run in self.plan.runs.items() if name not in done}
         print(f"{len(self.plan.runs)} runs, {len(done)} finished", flush=True)
-        self._check_paths(waiting.values())
-        idle, running = core_shares(jobs), dict[Future[None], tuple[str, list[int] | None]]()
+        self._check_paths(waiting)
+        running: dict[Future[None], str] = {}
         with ThreadPoolExecutor(jobs) as pool:
             try:
                 while waiting or running:
-                    unfinished = waiting.keys() | {name for name, _ in running.values()}
+                    unfinished = {*waiting, *running.values()}
                     free = [run for run in waiting.values() if unfinished.isdisjoint(run.needs)]
-                    for run in free[: len(idle)]:
-                        cores = idle.pop()
+                    for run in free[: jobs - len(running)]:
                         del waiting[run.name]
-                        running[pool.submit(self.make, run, cores)] = (run.name, cores)
+                        running[pool.submit(self.make, run)] = run.name
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        idle.append(running.pop(future)[1])
+                        del running[future]
                         future.result()
             except BaseException:  # a failure beside them, Ctrl-C, SIGTERM
-                self.stopping.set()
+                self.stopping = True
                 for child in list(self.children):
                     child.terminate()
                 raise
 
-    def only(self, name: str) -> None:
-        """Makes one run.
+    def make(self, run: Run) -> None:
+        """Runs a command, in its folder as it was left unless the code has changed since.
 
         Raises:
-            StepError: there is no such run, what it needs has not finished, or it failed.
+            AuroraError: the command failed or left no output.
         """
-        if name not in self.plan.runs:
-            raise StepError(f"--only {name}: no run of this table. Remedy: choose one that --dry-run lists.")
-        done = self.seconds()
-        missing = [other for other in self.plan.ancestors(name) if other != name and other not in done]
-        if missing:
-            raise StepError(f"--only {name} needs {', '.join(missing)}. Remedy: run these before.")
-        if name not in done:
-            self.make(self.plan.runs[name], None)
-
-    def make(self, run: Run, cores: list[int] | None) -> None:
-        """Runs a command on some cores (None = all), in its folder as it was left if nothing has changed since.
-
-        Raises:
-            StepError: the command failed or left no output.
-        """
-        stamp, digest = _stamp(run), self.digests[run.name]
-        begun = stamp.with_suffix(".begun")
-        with locked(self.plan.out / "locks" / run.name) as lock:
-            if begun.is_file() and begun.read_text() != digest and not self.any_code:
-                shutil.rmtree(run.folder, ignore_errors=True)  # nothing old is mixed into the new
-            write_bytes(begun, digest.encode())
-            command = self._launched(run)
+        with lock(self.plan.out / "locks" / run.name) as held:
+            # Nothing old is mixed into the new; data that is made once for all judges that by itself.
+            if self._outdated(run) and run.folder.parent == self.plan.out:
+                shutil.rmtree(run.folder, ignore_errors=True)
+            write_json(run.stamp, {"code": self.code})
+            command = self.plan.launched(run)
             print(f"== {run.name}: {shlex.join(command)}", flush=True)
             start = time.monotonic()
-            child = subprocess.Popen(
-                command,
-                env={**os.environ, "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))},
-                pass_fds=(lock.fileno(),),
-                preexec_fn=None if cores is None else lambda: os.sched_setaffinity(0, cores),
-            )
+            path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+            child = subprocess.Popen(command, env={**os.environ, "PATH": path}, pass_fds=(held.fileno(),))
             self.children.add(child)
-            if self.stopping.is_set():  # while the command was being started
+            if self.stopping:  # while the command was being started
                 child.terminate()
             status = child.wait()
             self.children.discard(child)
             if status != 0 or not run.output.exists():
                 reason = f"ended with status {status}" if status else f"left no {run.output}"
-                raise StepError(f"run {run.name} {reason}: {shlex.join(command)}. Remedy: see its message above.")
-            write_json(stamp, {"hash": digest, "seconds": time.monotonic() - start, "command": command})
+                raise AuroraError(f"run {run.name} {reason}: {shlex.join(command)}. Remedy: see its message above.")
+            write_json(run.stamp, {"code": self.code, "seconds": time.monotonic() - start})
 
-    def _launched(self, run: Run) -> tuple[str, ...]:
-        """The command line. torchrun, because `deepspeed` does not pass SIGTERM on to the processes it starts."""
-        if self.plan.processes == 1 or run.command[0] not in IN_SEVERAL_PROCESSES:
-            return ("python", *run.command)
-        several = ("--standalone", "--nproc-per-node", str(self.plan.processes))
-        return ("python", "-m", "torch.distributed.run", *several, *run.command)
+    def _stamp(self, run: Run) -> dict[str, Any]:
+        return json.loads(run.stamp.read_text(encoding="utf-8")) if run.stamp.is_file() else {}
 
-    def _check_paths(self, runs: Iterable[Run]) -> None:
+    def _outdated(self, run: Run) -> bool:
+        """Whether it was begun with other code."""
+        return not self.any_code and self._stamp(run).get("code", self.code) != self.code
+
+    def _check_paths(self, runs: Mapping[str, Run]) -> None:
         """Requires files that are nobody's output, before hours are spent."""
         problems = {}
         made = tuple(str(run.folder) for run in self.plan.runs.values())
-        for run in runs:
+        for run in runs.values():
             if run.config is not None:
                 try:
                     check_paths(load_config(run.command[2], run.command[3:]))
@@ -317,7 +291,7 @@ class Maker:
             raise ConfigError(list(problems.values()), "paths")
 
 
-def cost_table(plan: Plan, seconds: Mapping[str, float], scale: str) -> str:
+def cost_table(plan: Plan, seconds: Mapping[str, float | None], scale: str) -> str:
     """The plan as text: each run, what it needs, its GPU-hours (on the mini world CPU process-hours), their sum.
 
     Hours are what a finished run took, or the mean of finished ones like it, or arithmetic (`paper_seconds`).
@@ -325,11 +299,11 @@ def cost_table(plan: Plan, seconds: Mapping[str, float], scale: str) -> str:
     lines, known = [], []
     for name, run in plan.runs.items():
         processes = plan.processes if run.command[0] in IN_SEVERAL_PROCESSES else 1
-        like = [taken for other, taken in seconds.items() if _alike(plan.runs[other], run)]
+        like = [taken for other, taken in seconds.items() if taken is not None and _alike(plan.runs[other], run)]
         guess = paper_seconds(plan, run) if scale == "paper" else None
         source = "arithmetic" if guess is not None else "unknown until one like it has run"
         if name in seconds:
-            guess, source = seconds[name] * processes, "finished"
+            guess, source = None if seconds[name] is None else seconds[name] * processes, "finished"
         elif like:
             guess, source = sum(like) / len(like) * processes, f"mean of {len(like)} like it"
         known += [] if guess is None or name in seconds else [guess / 3600]
@@ -367,13 +341,6 @@ def paper_seconds(plan: Plan, run: Run) -> float | None:
     return clips * (6 * parameters * positions / operations + (write if grpo else 0))
 
 
-def core_shares(jobs: int) -> list[list[int] | None]:
-    """Equal disjoint shares of this process's cores; None each where there is one job, or fewer cores than jobs."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    size = len(cores) // jobs if jobs > 1 else 0
-    return [cores[i * size : (i + 1) * size] if size else None for i in range(jobs)]
-
-
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     """Command line; returns the exit status. `root` is the project in which the commands run."""
     os.chdir(root)
@@ -381,56 +348,48 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     tables = {str(name): Table(str(name), **fields) for name, fields in declared["tables"].items()}
     options = _options(arguments, tables, declared)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running commands are ended too
+    return run_command(lambda: ablate(options, tables, declared))
+
+
+def ablate(options: argparse.Namespace, tables: Mapping[str, Table], declared: Mapping[str, Any]) -> None:
+    """Plan the runs of the tables that were asked for, and make or print them."""
     chosen = [t for t in tables.values() if options.table == t.name or (options.table == "all" and t.is_paper)]
-    try:
-        plan = Plan(declared, options.scale, options.out, options.num_gpus)
-        rows = {(t.name, method, seed): plan.row(t, method, seed)
-                for t in chosen for seed in range(options.seeds) for method in t.rows}  # fmt: skip
-        maker = Maker(plan, options.any_code)
-        if options.dry_run:
-            print(cost_table(plan, maker.seconds(), options.scale))
-            return 0
-        if options.print_commands:
-            _print_commands(plan, maker.seconds(), options)
-            return 0
-        if options.only:
-            maker.only(options.only)
-        elif not options.report:
-            maker.everything(options.jobs)
-        _write_tables(chosen, rows, maker, options)
-    except AuroraError as error:
-        print(f"error: {plain(error)}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+    plan = Plan(declared, options.scale, options.out, options.num_gpus)
+    rows = {(t.name, method, seed): plan.row(t, method, seed)
+            for t in chosen for seed in range(options.seeds) for method in t.rows}  # fmt: skip
+    maker = Maker(plan, options.any_code)
+    done = maker.seconds()
+    if options.dry_run:
+        print(cost_table(plan, done, options.scale))
+        return
+    if options.print_commands:
+        for name, run in plan.runs.items():
+            if name not in done:
+                waits = [other for other in run.needs if other not in done]
+                print(f"# {name}" + (f" after {', '.join(waits)}" if waits else ""))
+                print(shlex.join(plan.launched(run)))
+        return
+    if not options.report:
+        maker.everything(options.jobs)
+    write_tables(chosen, rows, maker, options)
 
 
-def _write_tables(
+def write_tables(
     tables: list[Table], rows: Mapping[tuple[str, str, int], Run], maker: Maker, options: argparse.Namespace
 ) -> None:
     """Tables of what has finished, and on request the document of all of them."""
     seconds, outcomes = maker.seconds(), []
+    known = {name: value or 0.0 for name, value in seconds.items()}
     for table in tables:
         own = {(method, seed): run for (name, method, seed), run in rows.items() if name == table.name}
         behind = {name for run in own.values() for name in maker.plan.ancestors(run.name)}
         finished = {key: run.folder for key, run in own.items() if run.name in seconds}
-        found = outcome(table, finished, range(options.seeds), sum(seconds.get(name, 0.0) for name in behind))
+        found = outcome(table, finished, range(options.seeds), sum(known.get(name, 0.0) for name in behind))
         print(write_table(found, options.out / f"table_{table.name}"), flush=True)
         outcomes.append(found)
     if options.docs is not None:
         before = options.docs.read_text(encoding="utf-8") if options.docs.is_file() else ""
-        write_bytes(options.docs, document(outcomes, sum(seconds.values()), before).encode())
-
-
-def _print_commands(plan: Plan, done: Mapping[str, float], options: argparse.Namespace) -> None:
-    """One line per run that has not finished, with the runs it must wait for as a comment."""
-    named = {n: getattr(options, n) for n in ("table", "scale", "seeds", "num_gpus", "out")}
-    words = [word for name, value in named.items() for word in (f"--{name}", str(value))]
-    words += ["--any-code"] if options.any_code else []
-    for name, run in plan.runs.items():
-        if name not in done:
-            waits = [other for other in run.needs if other not in done]
-            print(f"# {name}" + (f" after {', '.join(waits)}" if waits else ""))
-            print(f"python scripts/ablate.py {shlex.join(words)} --only {name}")
+        write_text(options.docs, document(outcomes, sum(known.values()), before))
 
 
 def _options(arguments: list[str] | None, tables: Mapping[str, Table], declared: Mapping) -> argparse.Namespace:
@@ -440,13 +399,12 @@ def _options(arguments: list[str] | None, tables: Mapping[str, Table], declared:
     add("--scale", choices=("mini", "paper"), default="mini", help="default: %(default)s")
     add("--seeds", type=int, default=1, help="this many, from 0 (default: %(default)s)")
     add("--num_gpus", type=int, help="processes of a run, also on a CPU (default: 1 mini, 2 paper)")
-    add("--jobs", type=int, default=1, help="runs at a time, each on its share of the CPU cores (default: %(default)s)")
+    add("--jobs", type=int, default=1, help="runs at a time, beside each other on the CPU (default: %(default)s)")
     add("--out", type=Path, help="default: runs/ablations/<scale>")
     add("--any-code", action="store_true", help="finished runs count though the code has changed since")
     add("--docs", type=Path, help="also write all tables asked for into this Markdown file")
     what.add_argument("--dry-run", action="store_true", help="print the runs with estimated GPU-hours")
-    what.add_argument("--print-commands", action="store_true", help="print a command for each run, for a cluster")
-    what.add_argument("--only", metavar="RUN", help="one of the runs; what it needs must have finished")
+    what.add_argument("--print-commands", action="store_true", help="print the command of each run, for a cluster")
     what.add_argument("--report", action="store_true", help="write the tables from what has finished")
     options = parser.parse_args(arguments)
     if options.num_gpus is None:
@@ -478,22 +436,8 @@ def _alike(a: Run, b: Run) -> bool:
     return one == other
 
 
-def _digest(run: Run, needed: list[str]) -> str:
-    """Hash of all that a run's result depends on: command, configuration, code, and the digests of what it needs."""
-    command = run.command if run.config is None else run.command[0]  # its overrides stand in the settings
-    digest = hashlib.sha256(json.dumps([command, run.settings, needed]).encode())
-    patterns = CODE.get(run.command[0], (*ENGINE_CODE, run.command[0]))
-    for path in sorted({path for pattern in patterns for path in Path().glob(pattern) if path.is_file()}):
-        digest.update(f"{path}\0".encode() + path.read_bytes() + b"\0")
-    return digest.hexdigest()
-
-
-def _stamp(run: Run) -> Path:
-    return run.folder.parent / "steps" / f"{run.name}.json"
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:10]
 
 
 if __name__ == "__main__":

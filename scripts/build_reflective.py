@@ -14,10 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.cot import numbered_lines  # noqa: E402 - the project's root must be on the path first
+from dataset.records import CotRecord, build_path, numbered_lines, write_records  # noqa: E402 - root on the path first
 from dataset.refavs import RefAvsIndex  # noqa: E402
-from dataset.reflective import ReflectivePath, build_path, write_reflective  # noqa: E402
-from dataset.reflective_import import import_reflective  # noqa: E402
+from dataset.released import import_reflective  # noqa: E402
 from utils.errors import DataError, run_command  # noqa: E402
 
 SHOWN = 10
@@ -42,39 +41,37 @@ def main(arguments: list[str] | None = None) -> int:
 def build(options: argparse.Namespace) -> None:
     """Write what was asked for."""
     paths = imported(options) if options.import_published else corrected(options)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_reflective(options.out, paths)
+    write_records(options.out, paths)
     print(f"{len(paths)} reflective paths: {options.out}")
 
 
-def imported(options: argparse.Namespace) -> list[ReflectivePath]:
+def imported(options: argparse.Namespace) -> list[CotRecord]:
     """What the released list holds; the rows that cannot be split are counted by reason, and named."""
-    found = import_reflective(options.import_published, RefAvsIndex(options.data))
-    for reason, count in Counter(reason for _, reason in found.left).most_common():
-        rows = [row for row, why in found.left if why == reason]
+    paths, left = import_reflective(options.import_published, RefAvsIndex(options.data))
+    for reason, count in Counter(reason for _, reason in left).most_common():
+        rows = [row for row, why in left if why == reason]
         more = ", ..." if count > SHOWN else ""
         print(f"not split, {count}: {reason} (rows {', '.join(map(str, rows[:SHOWN]))}{more})")
-    if not found.paths:
+    if not paths:
         raise DataError(f"{options.import_published}: no text could be split. Remedy: see the reasons above.")
-    return found.paths
+    return paths
 
 
-def corrected(options: argparse.Namespace) -> list[ReflectivePath]:
+def corrected(options: argparse.Namespace) -> list[CotRecord]:
     """Paths of the corrector's records."""
-    paths = []
+    paths: dict[int, CotRecord] = {}
     for line, text in numbered_lines(options.corrections, "run scripts/correct_paths.py"):
+        where = f"{options.corrections}, line {line}"
         try:
             record = json.loads(text)
             names = ("row", "uid", "target", "wrong", "corrected")
-            paths.append(build_path(*(record[name] for name in names), seed=options.seed))
+            path = build_path(*(record[name] for name in names), seed=options.seed)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{options.corrections}, line {line}: {error!r}. Remedy: run scripts/correct_paths.py again."
-            ) from error
-    twice = [row for row, count in Counter(p.row for p in paths).items() if count > 1]
-    if twice:
-        raise DataError(f"{options.corrections}: row {twice[0]} stands twice. Remedy: keep one of the lines.")
-    return paths
+            raise DataError(f"{where}: {error!r}. Remedy: run scripts/correct_paths.py again.") from error
+        if path.row in paths:
+            raise DataError(f"{where}: row {path.row} stands twice. Remedy: keep one of the lines.")
+        paths[path.row] = path
+    return list(paths.values())
 
 
 if __name__ == "__main__":

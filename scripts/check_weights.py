@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402 - the project's root must be on the path first
 from torch import Tensor  # noqa: E402
 
+from configs.schema import ModelConfig  # noqa: E402
 from dataset.prompt import load_tokenizer  # noqa: E402
 from model.aurora.build import backbone_kind  # noqa: E402
 from model.backbones.videollama2.config import RELEASED  # noqa: E402
@@ -47,8 +48,10 @@ from model.segmenters.sam import (  # noqa: E402
     recognise,
     sam_problems,
 )
+from model.segmenters.sam2 import build_sam2  # noqa: E402
 from utils.errors import AuroraError  # noqa: E402
 from utils.tables import format_table  # noqa: E402
+from utils.tensor_files import load_safetensors  # noqa: E402
 
 STATUSES = ("loaded", "tolerated", "missing", "unexpected", "shape")
 SHOWN = 40
@@ -59,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="folder with the released names: config.json, weights, tokenizer")
-    parser.add_argument("--sam", type=Path, help="SAM weights, .pth or .safetensors")
+    parser.add_argument("--sam", type=Path, help="SAM weights, .pth or .safetensors, or the folder of a SAM 2.1")
     parser.add_argument("--sam-type", help="vit_h, vit_l, vit_b or a JSON of sizes (default: as the file)")
     parser.add_argument("--sam-image-size", type=int, default=224, help="pixels (default: %(default)s)")
     parser.add_argument("--seg-token", default="[SEG]", help="default: %(default)s")
@@ -153,6 +156,8 @@ def check_tokenizer(options: argparse.Namespace) -> list[str]:
 
 def check_sam(options: argparse.Namespace) -> list[str]:
     """Keys of SAM's three parts, the tables that would be resampled, and its values."""
+    if options.sam.is_dir():
+        return check_sam2(options)
     state = read_sam_file(options.sam)
     kind = options.sam_type or recognise(state)
     if kind is None:
@@ -178,6 +183,29 @@ def check_sam(options: argparse.Namespace) -> list[str]:
     found = [f"{len(problems)} keys do not fit {kind}" + (f"; the file holds {guess}" if guess else "")]
     values = [] if options.meta else [problem for item in state.items() for problem in value_problems(*item)]
     return found * (len(problems) > 0) + values
+
+
+def check_sam2(options: argparse.Namespace) -> list[str]:
+    """Keys and shapes of a folder with SAM 2.1, by module, and its values."""
+    with torch.device("meta"):
+        settings = ModelConfig(segmenter="sam2", sam_checkpoint=str(options.sam), sam_image_size=1024)
+        expected = build_sam2(settings, weights=False).sam.state_dict()
+    state = load_safetensors(options.sam / "model.safetensors")
+    rows = []
+    for part in sorted({key.split(".")[0] for key in (*expected, *state)}):
+        have, need = ({key for key in keys if key.split(".")[0] == part} for keys in (state, expected))
+        values = sum(expected[key].numel() for key in need)
+        rows.append([part, len(have & need), len(need - have), len(have - need), f"{values:,}"])
+    print(f"{options.sam} as SAM 2.1")
+    print(format_table(["part", "stored", "missing", "unexpected", "values"], rows))
+    wrong = [f"{key}: missing or unexpected" for key in sorted(state.keys() ^ expected.keys())]
+    wrong += [
+        f"{key}: {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}"
+        for key in sorted(state.keys() & expected.keys()) if state[key].shape != expected[key].shape
+    ]  # fmt: skip
+    print_list(wrong, options.all)
+    values = [] if options.meta else [problem for item in state.items() for problem in value_problems(*item)]
+    return [f"{len(wrong)} keys do not fit SAM 2.1"] * (len(wrong) > 0) + values
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402 - the project's root must be on the path first
 from torch import Tensor  # noqa: E402
 
-from configs.schema import VOCABULARY, TrainableConfig  # noqa: E402
+from configs.rules import VOCABULARY  # noqa: E402
+from configs.schema import TrainableConfig  # noqa: E402
 from dataset.prompt import load_tokenizer  # noqa: E402
 from model.aurora.build import build_meta_model  # noqa: E402
 from model.aurora.trainable import MASK_DECODER, NO_GRADIENT, SEG_HEAD  # noqa: E402

@@ -9,7 +9,8 @@ value. Images have the clip's own size or, where the protocol compares at one si
 Masks written by eval.save_masks are already cut at probability 0.5: their J under per_expression is that of the run to
 the bit, their other scores are those of hard masks. Probabilities written by eval.save_probabilities keep 16 bits.
 
-The published numbers of the paper's Table 1 (Table 6 for AVSBench S4) are printed beside the result.
+The published numbers of the paper's Table 1 (Table 6 for AVSBench S4) are printed beside the result, where the data are
+not synthetic (the mini world or its S4).
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,69 +29,51 @@ from torch.utils.data import DataLoader, Dataset  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from configs.schema import DataConfig  # noqa: E402
-from dataset.build import build_index  # noqa: E402
-from dataset.collate import init_worker  # noqa: E402
-from dataset.media import read_frames  # noqa: E402
-from dataset.predictions import Kind, PredictionFolder, read_prediction  # noqa: E402
-from dataset.refavs import Row  # noqa: E402
-from dataset.truth import ClipIndex, read_truth  # noqa: E402
+from dataset.loader import build_index, init_worker  # noqa: E402
+from dataset.media import ClipIndex, read_frames, read_truth  # noqa: E402
+from dataset.predictions import PredictionFolder, read_prediction  # noqa: E402
 from utils.errors import DataError, run_command  # noqa: E402
 from utils.files import write_json  # noqa: E402
 from utils.metrics import PROTOCOLS  # noqa: E402
 from utils.paper import TABLE_1, TABLE_6  # noqa: E402
+from utils.report.runs import is_mini  # noqa: E402
 from utils.scoring import EMPTY_LOGIT, RowResult, row_pieces, score_split  # noqa: E402
 from utils.tables import Cell, format_table  # noqa: E402
 
+MAX_PIXELS = 50_000_000
+"""Larger images are refused before they are decoded."""
 BENCHMARK_OF = {"s4": "avsbench_s4", "ms3": "avsbench_ms3"}
 """Protocol -> its benchmark, where that is not Ref-AVS."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What decides about the score of a row, besides its files."""
-
-    protocols: tuple[str, ...]
-    kind: Kind = "auto"
-    num_frames: int | None = None
-    max_pixels: int = 50_000_000
 
 
 class ScoredRows(Dataset[RowResult]):
     """Row i of a split, read and reduced to what its scores need; a row without a folder is an empty mask."""
 
-    def __init__(self, index: ClipIndex, predictions: PredictionFolder, options: Options) -> None:
+    def __init__(self, index: ClipIndex, predictions: PredictionFolder, options: argparse.Namespace) -> None:
         self.index, self.predictions, self.options = index, predictions, options
+        sides = {PROTOCOLS[name].size for name in options.protocol}
+        self.side = sides.pop() if len(sides) == 1 else None
+        """Of images that need not have the clip's own size: that at which every protocol compares."""
 
     def __len__(self) -> int:
         return len(self.predictions.rows)
 
     def __getitem__(self, i: int) -> RowResult:
-        row = self.predictions.rows[i]
+        row, options = self.predictions.rows[i], self.options
+        folder = self.predictions.folder(row)
         try:
-            return self._score(row)
+            size = tuple(read_frames(self.index.frames_folder(row.clip), 1, MAX_PIXELS).shape[1:3])
+            truth, labelled = read_truth(self.index, row, size, options.num_frames, MAX_PIXELS)
+            logits = torch.full(truth.shape, EMPTY_LOGIT)
+            if folder.is_dir():
+                allowed = [size, *([(self.side, self.side)] if self.side else [])]
+                logits = read_prediction(folder, len(truth), list(dict.fromkeys(allowed)), options.kind, MAX_PIXELS)
+            chosen = list(range(len(truth)) if labelled is None else labelled)
+            pieces = row_pieces(logits[chosen], torch.from_numpy(truth)[chosen], options.protocol)
         except (DataError, ValueError) as error:
             raise DataError(f"row {row.row} ({row.uid}): {error}") from error
-
-    def _score(self, row: Row) -> RowResult:
-        options = self.options
-        frames = self.index.frames_folder(row.clip)
-        size = tuple(read_frames(frames, 1, options.max_pixels).shape[1:3])
-        truth, labelled = read_truth(self.index, row, size, options.num_frames, options.max_pixels)
-        folder = self.predictions.folder(row)
-        if folder.is_dir():
-            logits = read_prediction(folder, len(truth), self._sizes(size), options.kind, options.max_pixels)
-        else:
-            logits = torch.full(truth.shape, EMPTY_LOGIT)
-        chosen = list(range(len(truth)) if labelled is None else labelled)
-        pieces = row_pieces(logits[chosen], torch.from_numpy(truth)[chosen], options.protocols)
         told = (row.row, row.uid, str(row.split), row.reference, row.kind, row.class_name)
         return RowResult(*told, text="", answer_class=None, has_seg=folder.is_dir(), faithful=None, pieces=pieces)
-
-    def _sizes(self, native: tuple[int, int]) -> list[tuple[int, int]]:
-        """The clip's size, and the protocols' own where all of them share one."""
-        own = {PROTOCOLS[name].size for name in self.options.protocols}
-        side = own.pop() if len(own) == 1 else None
-        return [native] if side is None or native == (side, side) else [native, (side, side)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -108,7 +90,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=0, help="processes that read and score (default: this one)")
     parser.add_argument("--json", type=Path, help="also write all scores to this file")
     options = parser.parse_args(arguments)
-    return run_command(lambda: print(comparison(evaluate(options), options.split, options.protocol)))
+    return run_command(lambda: show(options))
+
+
+def show(options: argparse.Namespace) -> None:
+    """Score, and print the table with the numbers that may stand beside it."""
+    scores = evaluate(options)
+    mini = is_mini(path.name for path in Path(options.data).iterdir())
+    print(comparison(scores, options.split, options.protocol, mini))
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
@@ -117,7 +106,11 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     if len(benchmarks) > 1:
         raise DataError(f"--protocol {' '.join(options.protocol)}: of two benchmarks. Remedy: name one.")
     index = build_index(DataConfig(benchmark=benchmarks.pop() if benchmarks else "refavs", root=options.data))
-    rows = _rows(index, options.split)
+    try:
+        rows = index.rows(options.split)
+    except ValueError as error:
+        remedy = "train, val, test_s, test_u or test_n"
+        raise DataError(f"--split {options.split}: {error}. Remedy: {remedy}.") from error
     predictions = PredictionFolder(options.pred, rows)
     missing = predictions.missing
     if missing and options.missing == "error":
@@ -125,13 +118,12 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
             f"{options.pred}: {len(missing)} of {len(rows)} rows have no folder, first row {missing[0].row}: "
             f"{predictions.folder(missing[0])}. Remedy: write them, or score them as empty masks (--missing empty)."
         )
-    settings = Options(tuple(options.protocol), options.kind, options.num_frames)
     loader = DataLoader(
-        ScoredRows(index, predictions, settings), batch_size=None, num_workers=options.workers,
+        ScoredRows(index, predictions, options), batch_size=None, num_workers=options.workers,
         worker_init_fn=init_worker,
     )  # fmt: skip
     results = list(tqdm(loader, desc=options.split, mininterval=1.0, disable=not sys.stderr.isatty()))
-    scores = score_split(results, settings.protocols)
+    scores = score_split(results, options.protocol)
     if predictions.shared:
         print(f"note: {predictions.shared} rows share their folder with another row (layout {predictions.layout})")
     if predictions.others:
@@ -145,25 +137,19 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     return scores
 
 
-def comparison(scores: dict[str, Any], split: str, protocols: Sequence[str]) -> str:
-    """The result under each protocol, below the published numbers of that split."""
-    rows: list[list[Cell]] = []
-    if "s4" in protocols:
-        rows = [[name, j, f, (j + f) / 2, None] for name, (j, f) in TABLE_6.items()]
-    elif split in ("test_s", "test_u") and "official" in protocols:
-        rows = [[line.method, *line.scores[split], None] for line in TABLE_1]
-    rows += [[f"--pred, {name}", *(scores[name].get(k) for k in ("J", "F", "J&F", "S"))] for name in protocols]
-    source = "Table 6" if "s4" in protocols else "Table 1"
-    note = f"published: the paper's {source}" if len(rows) > len(protocols) else "no published number for this split"
-    table = format_table([split, "J", "F", "J&F", "S"], rows)
+def comparison(scores: dict[str, Any], split: str, protocols: Sequence[str], mini: bool = False) -> str:
+    """The result under each protocol, below the published numbers of that split; on synthetic data there are none."""
+    published: list[list[Cell]] = []
+    note = "synthetic data, which compare with no published number" if mini else "no published number for this split"
+    if "s4" in protocols and not mini:
+        published = [[name, j, f, (j + f) / 2, None] for name, (j, f) in TABLE_6.items()]
+        note = "published: the paper's Table 6"
+    elif split in ("test_s", "test_u") and "official" in protocols and not mini:
+        published = [[line.method, *line.scores[split], None] for line in TABLE_1]
+        note = "published: the paper's Table 1"
+    rows = [[f"--pred, {name}", *(scores[name].get(k) for k in ("J", "F", "J&F", "S"))] for name in protocols]
+    table = format_table([split, "J", "F", "J&F", "S"], [*published, *rows])
     return f"{table}\n{scores['n']} rows; {note}; percent, S: lower is better"
-
-
-def _rows(index: ClipIndex, split: str) -> list[Row]:
-    try:
-        return index.rows(split)
-    except ValueError as error:
-        raise DataError(f"--split {split}: {error}. Remedy: train, val, test_s, test_u or test_n.") from error
 
 
 if __name__ == "__main__":

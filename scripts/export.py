@@ -19,10 +19,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from configs.schema import RunConfig  # noqa: E402 - the project's root must be on the path first
-from dataset.build import build_processor  # noqa: E402
+from dataset.loader import build_processor  # noqa: E402
 from dataset.prompt import load_tokenizer  # noqa: E402
 from model.aurora.build import build_model  # noqa: E402
-from model.aurora.export import SAM, SAM_JSON, read_metrics, save_pretrained, write_card  # noqa: E402
+from model.aurora.export import SAM, SAM2, SAM_JSON, read_metrics, save_pretrained, write_card  # noqa: E402
 from utils.config import check_paths, load_config, save_config  # noqa: E402
 from utils.errors import ConfigError, Problem, run_command  # noqa: E402
 
@@ -61,7 +61,7 @@ def export(run: Path, out: Path, kind: str, metrics: Sequence[Path] = (), precis
     build_processor(config, tokenizer, model.backbone.media_format).save_pretrained(out)
     saved = load_config(_config_file(run), [f"engine.precision={config.engine.precision}"])
     if kind == "merged":  # it is its own base and SAM
-        places = {"base": str(out), "sam_checkpoint": str(out / SAM)}
+        places = {"base": str(out), "sam_checkpoint": str(out / (SAM if saved.model.segmenter == "sam" else SAM2))}
         places |= {"sam_type": str(out / SAM_JSON)} if (out / SAM_JSON).is_file() else {}
         saved = saved.model_copy(update={"model": saved.model.model_copy(update=places)})
     save_config(saved, out)

@@ -1,4 +1,4 @@
-"""Write the reasoning of every training row (paper sections 3.1 and 6.1), or import the published lists.
+"""Write the reasoning of every training row (paper sections 3.1 and 6.1), or import the released lists.
 
     python scripts/generate_cot.py --data data/mini --out runs/engine/train.jsonl                 # the mini world's own
     python scripts/generate_cot.py --data data/refavs --out data/refavs/cot/train.jsonl --send \\
@@ -22,8 +22,9 @@ from dataset.annotate.backends import Request, choose_frames  # noqa: E402 - the
 from dataset.annotate.engine import add_options, annotate, check_options  # noqa: E402
 from dataset.annotate.gates import reasoning_gate  # noqa: E402
 from dataset.annotate.prompts import WRITER_FRAMES, fill, read_template  # noqa: E402
-from dataset.cot import import_published, write_cot  # noqa: E402
+from dataset.records import write_records  # noqa: E402
 from dataset.refavs import RefAvsIndex, Split  # noqa: E402
+from dataset.released import import_reasoning  # noqa: E402
 from utils.errors import DataError, run_command  # noqa: E402
 
 
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="root of the data set")
     parser.add_argument("--split", default="train", choices=[str(s) for s in Split], help="default: %(default)s")
     parser.add_argument("--style", choices=("flexible", "fixed"), default="flexible", help="paper section 8.2")
-    parser.add_argument("--import-published", type=Path, help="published positional JSON list, checked and converted")
+    parser.add_argument("--import-published", type=Path, help="released positional JSON list, checked and converted")
     add_options(parser, "mini", expected_out=200)
     options = parser.parse_args(arguments)
     check_options(parser, options)
@@ -60,13 +61,12 @@ def write(options: argparse.Namespace) -> int:
 
 
 def convert(options: argparse.Namespace, index: RefAvsIndex) -> int:
-    """The published list as JSONL keyed by row; as many elements as the split has rows."""
+    """The released list as JSONL keyed by row; as many elements as the split has rows."""
     if options.out.exists():
         raise DataError(f"{options.out}: exists. Remedy: name another --out.")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    records = import_published(options.import_published, index, Split(options.split), too_long="drop")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_cot(options.out, records)
+    records = import_reasoning(options.import_published, index, Split(options.split), too_long="drop")
+    write_records(options.out, records)
     total = len(index.rows(options.split))
     print(f"{total} elements, {len(records)} written, {total - len(records)} too long: {options.out}")
     return 0

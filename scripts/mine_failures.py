@@ -13,15 +13,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train_ds_test  # noqa: E402 - the project's root must be on the path first
-from configs.schema import RunConfig  # noqa: E402
 from dataset.annotate.failures import IOU, write_failures  # noqa: E402
-from utils.errors import AuroraError  # noqa: E402
+from utils.distributed import memory_advice  # noqa: E402
+from utils.errors import AuroraError, run_command  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,7 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
         f"eval.output_dir={folder}",
     ]
 
-    def evaluate(config: RunConfig, stage: str) -> None:
+    def mine() -> None:
+        config, stage = train_ds_test.evaluated_config(options.config, settings)
         if stage == "teacher":
             raise AuroraError(f"{options.checkpoint}: a teacher writes no reasoning. Remedy: name stage 1.")
         train_ds_test.run(config, stage)
@@ -55,7 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
             report = write_failures(folder / "train" / "predictions.jsonl", options.out, options.iou)
             print("{mined} of {rows} rows mined ({mined_percent} %): ".format(**report) + str(options.out))
 
-    return train_ds_test.guarded(options.config, settings, evaluate)
+    advice = partial(memory_advice, options.config, settings)
+    return run_command(mine, train_ds_test.INTACT, advice)
 
 
 if __name__ == "__main__":

@@ -23,12 +23,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from configs.schema import VOCABULARY, EngineConfig, RunConfig  # noqa: E402 - the root must be on the path first
+from configs.rules import VOCABULARY  # noqa: E402 - the root must be on the path first
+from configs.schema import EngineConfig, RunConfig  # noqa: E402
 from model.aurora.build import build_meta_model, sizes_of_base  # noqa: E402
 from model.aurora.model import AuroraModel  # noqa: E402
 from model.aurora.trained import trained_names  # noqa: E402
 from model.objectives.mask import loss_shape  # noqa: E402
 from model.objectives.policy import CHUNK  # noqa: E402
+from model.segmenters.base import Segmenter  # noqa: E402
+from model.segmenters.sam2 import Sam2Segmenter  # noqa: E402
 from utils.config import load_config  # noqa: E402
 from utils.errors import ConfigError, run_command  # noqa: E402
 from utils.tables import format_table  # noqa: E402
@@ -40,6 +43,8 @@ ZERO3_LIVE = 1_050_000_000
 """DeepSpeed's stage3_max_live_parameters plus its prefetch bucket: values that ZeRO-3 may hold gathered at once."""
 DECODER_TRAINED, DECODER_FROZEN = 26, 17
 """Values that SAM's mask decoder saves for backward per value of a frame's image embedding (counted, see the tests)."""
+SAM2_TRAINED, SAM2_FROZEN, SAM2_MEMORY = 29, 21, 313
+"""Likewise of SAM 2, per value of its coarsest map; what reading a full memory adds (counted, see the tests)."""
 ANSWER_TOKENS = {"teacher": 12, "sft": 512, "reflective": 1024}
 """Longest answer in tokens. A reasoning has fewer than 2,000 characters (longer ones are dropped, released code
 sem_seg_dataset.py:402), about four to the token; a reflective path holds two. GRPO and evaluation: max_new_tokens."""
@@ -197,9 +202,7 @@ def moments(config: RunConfig, model: AuroraModel, work: Workload) -> dict[str, 
     chunk = min(own, CHUNK) if config.stage == "grpo" else own  # SFT scores all its words at once
     frames = min(config.model.decode_frames_per_step or work.frames, work.frames)
     height, across = loss_shape(work.frame_size, config.loss.mask_side)
-    decoder = DECODER_FROZEN if model.is_frozen("segmenter.sam.mask_decoder") else DECODER_TRAINED
-    embedding = (model.segmenter.image_size // model.segmenter.sizes.patch_size) ** 2 * model.segmenter.prompt_width
-    masks = clips * group * frames * (16 * height * across + decoder * e * embedding)
+    masks = clips * group * (frames * 16 * height * across + e * decoder_saves(model, frames))
     logits = {"logits": 12 * chunk * words}  # with log-softmax and gradient: 2 + 4 + 4 + 2 bytes in bf16, 4 + 4 + 4
     largest = e * max(p.numel() for p in model.parameters() if p.requires_grad)
     found["forward and backward"] = kept | max(
@@ -212,17 +215,34 @@ def moments(config: RunConfig, model: AuroraModel, work: Workload) -> dict[str, 
     return found
 
 
+def decoder_saves(model: AuroraModel, frames: int) -> int:
+    """Values that the mask decoder saves for backward of one query; SAM 2 recomputes one frame at a time."""
+    sam, frozen = model.segmenter, model.is_frozen("segmenter.sam.mask_decoder")
+    if isinstance(sam, Sam2Segmenter):
+        frame = (SAM2_FROZEN if frozen else SAM2_TRAINED) + SAM2_MEMORY * (sam.memory != "none")
+        # The frame's features are selected again; of every frame stay logits, memory and pointer, half a map at most.
+        return (frame + 4 + frames // 2) * sam.feature_size // 4
+    embedding = (sam.image_size // sam.sizes.patch_size) ** 2 * sam.prompt_width
+    return frames * (DECODER_FROZEN if frozen else DECODER_TRAINED) * embedding
+
+
+def encoder_peak(sam: Segmenter, frames: int, e: int) -> int:
+    """Bytes of the segmenter's encoder: all frames in float32 and cast, and what a chunk of them takes inside."""
+    pixels, chunk = frames * 3 * sam.image_size**2 * (4 + e), min(frames, sam.frames_per_chunk)
+    if isinstance(sam, Sam2Segmenter):  # GELU's input and output, and the sum that it is added to
+        return pixels + e * (3 * chunk * sam.widest + frames * sam.feature_size)
+    grid = (sam.image_size // sam.sizes.patch_size) ** 2
+    return pixels + chunk * grid * e * (3 * sam.sizes.encoder_heads * grid + 10 * sam.sizes.encoder_width)
+
+
 def tower_peak(config: RunConfig, model: AuroraModel, work: Workload) -> dict[str, int]:
     """The highest of the frozen towers and its bytes; what stays of all of them is small beside that."""
     sizes, sam, frames = model.backbone.config, model.segmenter, work.clips * work.frames
     e = model.backbone.dtype.itemsize
-    grid, chunk = (sam.image_size // sam.sizes.patch_size) ** 2, min(frames, sam.frames_per_chunk)
+    sounds, eager = fbank_frames(work.audio_seconds), config.model.attention == "eager"
     peaks = {
-        **sizes.tower_bytes(
-            work.clips, work.frames, fbank_frames(work.audio_seconds), e, config.model.attention == "eager"
-        ),
-        "SAM's encoder": frames * 3 * sam.image_size**2 * (4 + e)
-        + chunk * grid * e * (3 * sam.sizes.encoder_heads * grid + 10 * sam.sizes.encoder_width),
+        **sizes.tower_bytes(work.clips, work.frames, sounds, e, eager),
+        "SAM's encoder": encoder_peak(sam, frames, e),
     }
     return {name: size for name, size in peaks.items() if size == max(peaks.values())}
 
@@ -312,8 +332,9 @@ def changes(config: RunConfig, gpus: int) -> Iterator[Change]:
         yield lean, "of the vocabulary only [SEG] is learned (configs/lean)"
     if config.data.audio_padding_seconds is not None:
         yield ("data.audio_padding_seconds=null",), "496 audio tokens instead of 1,496, unlike the released code"
-    if m.sam_image_size > 224:
-        yield ("model.sam_image_size=224",), "coarser masks, as in the released code"
+    smaller = 224 if m.segmenter == "sam" else 512
+    if m.sam_image_size > smaller:
+        yield (f"model.sam_image_size={smaller}",), "coarser masks" + ", as in the released code" * (smaller == 224)
     if config.stage == "grpo" and config.grpo.group_size > 2:
         yield ("grpo.group_size=2",), "a group of 2: noisier advantages"
     if trains and e.zero_stage < 3 and gpus > 1:

@@ -19,32 +19,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from configs.schema import RunConfig  # noqa: E402 - the project's root must be on the path first
-from utils.answers import reasoning_steps  # noqa: E402
-from utils.config import check_paths, load_config  # noqa: E402
-from utils.errors import ConfigError, DataError, Problem, run_command  # noqa: E402
-
-if TYPE_CHECKING:  # imported late: --help and a faulty video come before the model
-    from dataset.processor import AuroraProcessor
-    from dataset.video import VideoClip
-    from model.aurora.model import AuroraModel
-    from utils.types import Prediction
-
-EXPORT_FILE = "preprocessor_config.json"
-MAX_PIXELS, MAX_SECONDS = 50_000_000, 600.0
-OVERLAY_SIDE = 240
-"""Frames with a shorter side than this are enlarged by a whole factor in the overlay (never the masks)."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a checkpoint, a run or an export")
     parser.add_argument("--video", type=Path, required=True, help="video file, or folder of frames")
@@ -65,15 +45,57 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
     if not options.reference.strip():
         parser.error("--reference: says nothing; describe what is to be segmented")
+    return options
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    OPTIONS = parse()  # before the imports below, which take seconds: --help and a slip of the pen are answered at once
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from configs.schema import RunConfig  # noqa: E402
+from dataset.loader import build_processor  # noqa: E402
+from dataset.media import SAMPLE_RATE, read_audio  # noqa: E402
+from dataset.processor import AuroraProcessor  # noqa: E402
+from dataset.prompt import load_tokenizer  # noqa: E402
+from dataset.video import VideoClip, read_clip  # noqa: E402
+from model.aurora.build import build_model  # noqa: E402
+from model.aurora.export import from_pretrained  # noqa: E402
+from model.aurora.inference import predict  # noqa: E402
+from model.aurora.model import AuroraModel  # noqa: E402
+from utils.answers import reasoning_steps  # noqa: E402
+from utils.config import check_paths, load_config  # noqa: E402
+from utils.draw import PREDICTION, overlay, save_masks, write_gif, write_mp4  # noqa: E402
+from utils.errors import ConfigError, DataError, Problem, run_command  # noqa: E402
+from utils.files import write_bytes, write_json  # noqa: E402
+from utils.results import encode_masks  # noqa: E402
+from utils.types import Prediction  # noqa: E402
+
+EXPORT_FILE = "preprocessor_config.json"
+MAX_PIXELS, MAX_SECONDS = 50_000_000, 600.0
+OVERLAY_SIDE = 240
+"""Frames with a shorter side than this are enlarged by a whole factor in the overlay (never the masks)."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    options = parse(arguments)
     return run_command(lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> None:
-    """Read the clip, ask the model, write what it answers."""
+    """Predict and write the results. A faulty video is found before the model is loaded."""
     clip = heard_clip(options)
     model, processor = load(options.checkpoint, options.overrides, options.device)
-    prediction = answer(model, processor, clip, options.reference, options.max_new_tokens)
-    write_results(options, clip, prediction)
+    try:
+        batch = processor(clip.frames, clip.sound, options.reference)
+    except ValueError as error:  # a sound longer than the length to which the checkpoint pads it
+        raise DataError(f"the clip cannot be read by this model: {error}") from error
+    parameter = next(model.parameters())
+    batch = batch.to(parameter.device, parameter.dtype)
+    write_results(options, clip, predict(model, batch, processor.tokenizer, options.max_new_tokens)[0])
 
 
 def heard_clip(options: argparse.Namespace) -> VideoClip:
@@ -82,11 +104,6 @@ def heard_clip(options: argparse.Namespace) -> VideoClip:
     Raises:
         DataError: the clip or the sound cannot be read, or there is none though it is needed.
     """
-    from dataclasses import replace
-
-    from dataset.media import SAMPLE_RATE, read_audio
-    from dataset.video import read_clip
-
     own = options.sound is None and not options.silent
     clip = read_clip(options.video, options.frames, MAX_PIXELS, MAX_SECONDS, own)
     if options.sound is not None:
@@ -117,14 +134,6 @@ def load(
     Raises:
         AuroraError: no checkpoint there, or weights that are missing or do not fit.
     """
-    import torch
-
-    from dataset.build import build_processor
-    from dataset.processor import AuroraProcessor
-    from dataset.prompt import load_tokenizer
-    from model.aurora.build import build_model
-    from model.aurora.export import from_pretrained
-
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if (checkpoint / EXPORT_FILE).is_file():
         return from_pretrained(checkpoint, device=device), AuroraProcessor.from_pretrained(checkpoint)
@@ -146,44 +155,18 @@ def checkpoint_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError([Problem("--checkpoint", str(folder), f"holds no config.yaml and no {EXPORT_FILE}", remedy)])
     saved = load_config(found[0], overrides)
     training = {"root": str(folder), "cot": (), "feature_cache": "none"}  # the data of the training need not be here
-    config = saved.model_copy(
-        update={
-            "stage": "eval",
-            "init_from": None,
-            "eval": saved.eval.model_copy(update={"checkpoint": str(folder)}),
-            "data": saved.data.model_copy(update=training),
-        }
-    )
+    config = saved.model_copy(update={
+        "stage": "eval",
+        "init_from": None,
+        "eval": saved.eval.model_copy(update={"checkpoint": str(folder)}),
+        "data": saved.data.model_copy(update=training),
+    })  # fmt: skip
     check_paths(config)
     return config
 
 
-def answer(
-    model: AuroraModel, processor: AuroraProcessor, clip: VideoClip, reference: str, max_new_tokens: int
-) -> Prediction:
-    """What the model says of a clip, and its masks.
-
-    Raises:
-        DataError: the sound is longer than the length to which the checkpoint pads it.
-    """
-    from model.aurora.inference import predict
-
-    try:
-        batch = processor(clip.frames, clip.sound, reference)
-    except ValueError as error:
-        raise DataError(f"the clip cannot be read by this model: {error}") from error
-    parameter = next(model.parameters())
-    batch = batch.to(parameter.device, parameter.dtype)
-    return predict(model, batch, processor.tokenizer, max_new_tokens)[0]
-
-
 def write_results(options: argparse.Namespace, clip: VideoClip, prediction: Prediction) -> None:
     """Write overlay, masks and answer, and print the answer."""
-    from dataset.media import SAMPLE_RATE
-    from utils.draw import PREDICTION, overlay, save_masks, write_gif, write_mp4
-    from utils.files import write_bytes, write_json
-    from utils.results import encode_masks
-
     masks = (prediction.mask_logits > 0).cpu().numpy()
     drawn = np.stack([overlay(frame, mask, PREDICTION) for frame, mask in zip(clip.frames, masks, strict=True)])
     times = -(-OVERLAY_SIDE // min(drawn.shape[1:3]))
@@ -196,7 +179,7 @@ def write_results(options: argparse.Namespace, clip: VideoClip, prediction: Pred
     save_masks(out / "masks", masks)
     steps = reasoning_steps(prediction.text, options.reference)
     write_bytes(out / "answer.txt", f"{options.reference.strip()}\n\n{prediction.text}\n".encode())
-    record: dict[str, Any] = {
+    write_json(out / "answer.json", {
         "video": str(options.video),
         "checkpoint": str(options.checkpoint),
         "reference": options.reference.strip(),
@@ -209,8 +192,7 @@ def write_results(options: argparse.Namespace, clip: VideoClip, prediction: Pred
             for time, mask in zip(clip.times, masks, strict=True)
         ],
         "masks": encode_masks(masks),
-    }
-    write_json(out / "answer.json", record)
+    })  # fmt: skip
     print(prediction.text)
     if not prediction.has_seg:
         print("warning: the answer asks for no mask ([SEG] is missing); the masks are empty", file=sys.stderr)
@@ -219,4 +201,4 @@ def write_results(options: argparse.Namespace, clip: VideoClip, prediction: Pred
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(lambda: run(OPTIONS)))

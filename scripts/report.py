@@ -70,21 +70,42 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """Writes what was asked for."""
-    folders = [_named(text) for text in options.runs]
+    folders = []
+    for text in options.runs:
+        name, _, folder = text.rpartition("=")
+        if not Path(folder).is_dir():
+            raise DataError(f"{folder}: no such folder. Remedy: name the folder of an evaluation or of a run.")
+        folders.append((name, Path(folder)))
     if options.png:
-        print(*_figures(folders, options), sep="\n")
+        runs = [(name or folder.resolve().name, folder / "metrics.jsonl") for name, folder in folders]
+        print(*write_figures(runs, options.png, options.window), sep="\n")
     else:
         print(_report(folders, options))
 
 
 def _report(folders: Sequence[tuple[str, Path]], options: argparse.Namespace) -> Path:
     """Write the page; returns its path."""
-    named = [(name or (folder.resolve().name if len(folders) > 1 else ""), folder) for name, folder in folders]
-    prefixed = [(f"{name}/" if name else "", folder) for name, folder in named]
-    evaluations = [found for prefix, folder in prefixed for found in _evaluations(folder, prefix)]
+    evaluations: list[Evaluation] = []
+    curves = []
+    for name, folder in folders:
+        name = name or (folder.resolve().name if len(folders) > 1 else "")
+        prefix = f"{name}/" if name else ""
+        found = find_evaluations(folder, prefix)
+        if not found:
+            raise DataError(
+                f"{folder}: holds no evaluation (<split>/metrics.json with predictions.jsonl). "
+                "Remedy: evaluate with train_ds_test.py, or name the folder of an evaluation."
+            )
+        evaluations += found
+        logs = sorted([*folder.glob("metrics.jsonl"), *folder.glob("*/metrics.jsonl")], key=lambda p: p.stat().st_mtime)
+        curves += [(prefix + path.parent.name, path.parent) for path in logs]
     names = [e.name for e in evaluations]
     if len(set(names)) < len(names):
         raise DataError(f"two evaluations are named {max(names, key=names.count)!r}. Remedy: give names, NAME=RUN.")
+    known = dict(zip(names, evaluations, strict=True))
+    for name in (name for pair in options.compare or () for name in pair):
+        if name not in known:
+            raise DataError(f"--compare {name}: no such evaluation. Remedy: name two of {', '.join(known)}.")
     page = options.out or folders[0][1] / "report.html"
     summary = {**run_summary(evaluations), "git": evaluations[0].fact("git", "")}
     print(summary_table(summary))
@@ -92,53 +113,11 @@ def _report(folders: Sequence[tuple[str, Path]], options: argparse.Namespace) ->
         write_json(options.json, summary)
     write_report(
         page, options.title, evaluations,
-        summary=summary,
-        runs=[(prefix + path.parent.name, path.parent) for prefix, folder in prefixed for path in _curves(folder)],
-        media={} if options.no_media else _media(options.data, evaluations),
-        compared=None if options.compare is None else [_pair(evaluations, pair) for pair in options.compare],
+        summary=summary, runs=curves, media={} if options.no_media else _media(options.data, evaluations),
+        compared=options.compare and [(known[before], known[after]) for before, after in options.compare],
         limit=options.rows, width=options.width, taxonomies=[folder for _, folder in folders],
     )  # fmt: skip
     return page
-
-
-def _figures(folders: Sequence[tuple[str, Path]], options: argparse.Namespace) -> list[Path]:
-    """Write the pictures of the training curves; returns their paths."""
-    for _, folder in folders:
-        if not (folder / "metrics.jsonl").is_file():
-            raise DataError(f"{folder}/metrics.jsonl: there is no such file. Remedy: name the folder of a run of grpo.")
-    runs = [(name or folder.resolve().name, folder / "metrics.jsonl") for name, folder in folders]
-    return write_figures(runs, options.png, options.window)
-
-
-def _named(text: str) -> tuple[str, Path]:
-    """(name, folder) of one argument; the name may be empty."""
-    name, _, folder = text.rpartition("=")
-    path = Path(folder)
-    if not path.is_dir():
-        raise DataError(f"{path}: no such folder. Remedy: name the folder of an evaluation or of a run.")
-    return name, path
-
-
-def _evaluations(folder: Path, prefix: str) -> list[Evaluation]:
-    found = find_evaluations(folder, prefix)
-    if not found:
-        raise DataError(
-            f"{folder}: holds no evaluation (<split>/metrics.json with predictions.jsonl). "
-            "Remedy: evaluate with train_ds_test.py, or name the folder of an evaluation."
-        )
-    return found
-
-
-def _curves(folder: Path) -> list[Path]:
-    return sorted([*folder.glob("metrics.jsonl"), *folder.glob("*/metrics.jsonl")], key=lambda p: p.stat().st_mtime)
-
-
-def _pair(evaluations: Sequence[Evaluation], names: Sequence[str]) -> tuple[Evaluation, Evaluation]:
-    known = {e.name: e for e in evaluations}
-    for name in names:
-        if name not in known:
-            raise DataError(f"--compare {name}: no such evaluation. Remedy: name two of {', '.join(known)}.")
-    return known[names[0]], known[names[1]]
 
 
 def _media(named_roots: Sequence[str], evaluations: Sequence[Evaluation]) -> Mapping[str, MediaSource]:

@@ -25,6 +25,7 @@ from tests.grpo_cases import RAGGED
 from utils import distributed
 from utils import engine as engines
 from utils.ds import deepspeed
+from utils.errors import leave
 
 BUCKET = 5000
 PARTS = {"lora": "lora_", "embed_tokens": "embed_tokens", "lm_head": "lm_head", "seg head": "text_hidden_fcs",
@@ -132,4 +133,4 @@ if __name__ == "__main__":
     if distributed.is_main():
         print(json.dumps(result))
     distributed.stop()
-    distributed.leave(0)  # as utils.failures.run_command ends a process
+    leave(0)  # as run_command ends a process

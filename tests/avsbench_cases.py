@@ -1,4 +1,4 @@
-"""Miniature copies of both published layouts of AVSBench: the real file names, made-up pictures and sounds."""
+"""Miniature copies of both released layouts of AVSBench: the real file names, made-up pictures and sounds."""
 
 from __future__ import annotations
 

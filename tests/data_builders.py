@@ -15,6 +15,8 @@ import soundfile
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from scripts import build_reflective
+
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CORPUS = (
     "The reference is: the object making a sound on the left. Please segment the corresponding object in the images.",
@@ -33,6 +35,9 @@ ROWS = (
     ("clip5_0_10000", "clip5_0_10000_dog_1", "test_s", 0, "The other dog"),
 )
 """Eight rows: a clip that begins with '-', a quoted cell, a null row, a TODO row, a duplicated uid."""
+TRAIN_ROWS = [row for row in ROWS if row[2] == "train"]
+WRONG_PATH = "The man plays. The audio holds a cello. So the target is the cello. It is [SEG]."
+RIGHT_PATH = "The man plays. The audio holds a man. So the target is the man. It is [SEG]."
 
 
 def write_metadata(root: Path, rows: Sequence[tuple] = ROWS) -> Path:
@@ -92,6 +97,26 @@ def write_lines(path: Path, records: Sequence[dict | str]) -> Path:
     lines = (r if isinstance(r, str) else json.dumps(r) for r in records)
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path
+
+
+def write_reasoning(path: Path, rows: Sequence[tuple] = TRAIN_ROWS, text: str = "So the target is it.") -> Path:
+    """A reasoning record of each row that is not None, at its number."""
+    return write_lines(path, [
+        {"row": i, "uid": row[1], "reasoning": text, "target": row[1].rsplit("_", 2)[1]}
+        for i, row in enumerate(rows) if row is not None
+    ])  # fmt: skip
+
+
+def write_reflective_files(folder: Path) -> tuple[Path, Path]:
+    """A world of the training rows, and reflective paths of its rows 0 and 2 -> (world, reflective.jsonl)."""
+    world = write_world(folder / "data", TRAIN_ROWS)
+    records = [
+        {"row": 2, "uid": ROWS[2][1], "target": "man", "wrong": WRONG_PATH, "corrected": RIGHT_PATH},
+        {"row": 0, "uid": ROWS[0][1], "target": "cello", "wrong": RIGHT_PATH, "corrected": WRONG_PATH},
+    ]
+    corrections, out = write_lines(folder / "corrections.jsonl", records), folder / "cot" / "reflective.jsonl"
+    assert build_reflective.main(["--corrections", str(corrections), "--out", str(out)]) == 0
+    return world, out
 
 
 def write_tokenizer(folder: Path, extra_tokens: Sequence[str] = (), vocabulary: int = 420) -> Path:

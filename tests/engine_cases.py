@@ -24,9 +24,8 @@ from configs.schema import RunConfig
 from utils import distributed
 from utils.checkpoint import Progress, checkpoint_to_resume, find_checkpoint, load_checkpoint, save_checkpoint
 from utils.engine import build_engine, gradient_norm, trainable_state
-from utils.errors import CheckpointError
+from utils.errors import CheckpointError, leave
 from utils.log import Means
-from utils.seed import seed_everything
 
 COMBINATIONS = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (2, "bf16"), (3, "bf16")]
 
@@ -83,10 +82,10 @@ def steps(engine: Any, numbers: range) -> list[float]:
 
 
 def make(zero: int, precision: str, dropout: float = 0.0, **options: Any) -> tuple[Any, RunConfig]:
-    seed_everything(0)
+    distributed.seed_everything(0)
     run = config(zero, precision, **options)
     engine = build_engine(Net(dropout), run)
-    seed_everything(0, distributed.rank())
+    distributed.seed_everything(0, distributed.rank())
     engine.train()
     return engine, run
 
@@ -179,7 +178,7 @@ def elastic(folder: str, first: str, last: str) -> dict[str, Any]:
     found = {}
     accumulation = 4 // distributed.world_size()
     for zero, precision in ELASTIC:
-        seed_everything(0)
+        distributed.seed_everything(0)
         run = config(zero, precision, output=f"{folder}/{zero}_{precision}")
         run = run.model_copy(update={"engine": run.engine.model_copy(update={"accumulation": accumulation})})
         engine = build_engine(Net(), run)
@@ -230,7 +229,7 @@ class Killed(BaseException):
 
 def saving(folder: str) -> dict[str, Any]:
     """What is on disk after a kill at three moments of saving; bytes written and read by a save that is not killed."""
-    seed_everything(0)
+    distributed.seed_everything(0)
     run = config(2, "fp32", output=folder)
     run = run.model_copy(update={"log": run.log.model_copy(update={"keep": 1})})
     net = Net()
@@ -272,8 +271,8 @@ def _dying(*_: Any) -> None:
     raise Killed
 
 
-def _half_written(state: Any, stream: Any) -> None:
-    stream.write(b"half")
+def _half_written(state: Any, path: Any, **_: Any) -> None:
+    Path(path).write_bytes(b"half")
     raise Killed
 
 
@@ -311,4 +310,4 @@ if __name__ == "__main__":
     if distributed.is_main():
         print(json.dumps(result))
     distributed.stop()
-    distributed.leave(0)  # as utils.failures.run_command ends a process
+    leave(0)  # as run_command ends a process

@@ -19,11 +19,13 @@ from torch import Tensor
 
 from configs.schema import RunConfig, TrainableConfig
 from model.aurora import generation
+from model.objectives.policy import GroupAdvantages
 from model.objectives.rewards import Judged
 from model.stages import grpo
 from model.stages.grpo import GrpoStage, Rollouts
 from tests.aurora_cases import LORA, SEG, STOP, StubTokenizer, run_config, tiny_batch, tiny_model, tiny_sample
 from utils import distributed
+from utils.errors import leave
 from utils.types import Batch, Generation
 
 RAGGED = ([5, 6, SEG, 7, STOP], [9, SEG], [8, 4, 3], [2, SEG, 4, SEG, 7, 6, 11, STOP], [STOP], [3, 5, SEG, STOP])
@@ -87,7 +89,7 @@ def draw_ragged(monkeypatch: pytest.MonkeyPatch) -> Generation:
 def with_advantages(prepared: Rollouts) -> Rollouts:
     """Advantages of both signs, different for every answer."""
     values = torch.tensor([1.0, -0.5, -0.7, 0.3, -1.2, 0.8])
-    return replace(prepared, advantages=prepared.advantages._replace(values=values))
+    return replace(prepared, advantages=GroupAdvantages(values, *prepared.advantages[1:]))
 
 
 def _draw(rule: str, rank: int) -> object:
@@ -158,4 +160,4 @@ if __name__ == "__main__":
     if distributed.is_main():
         print(json.dumps(result))
     distributed.stop()
-    distributed.leave(0)  # as utils.failures.run_command ends a process
+    leave(0)  # as run_command ends a process

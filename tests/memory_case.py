@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.engine_cases import config
 from utils import distributed
 from utils.engine import build_engine
+from utils.errors import leave
 
 SIZES = ((47, 39), (39, 31), (31, 63), (63, 7))
 """Layers without bias: no equal share ends between two of them, and each is odd, so that ZeRO-3 pads it."""
@@ -73,7 +74,7 @@ def main() -> None:
     if distributed.is_main():
         print(json.dumps({case: {k: max(r[case][k] for r in gathered) for k in mine[case]} for case in mine}))
     distributed.stop()
-    distributed.leave(0)  # as a command ends: gloo's threads may abort the interpreter's own end
+    leave(0)  # as a command ends: gloo's threads may abort the interpreter's own end
 
 
 if __name__ == "__main__":

@@ -10,7 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from scripts.report import main
 from tests.data_builders import write_world
+from utils.report.media import gallery_data, gallery_rows
+from utils.report.runs import Evaluation, PredictedRow
 from utils.results import encode_masks
 
 EVIL = "</script><script>alert('x')</script> & \"quotes\" <img src=x onerror=alert(1)>"
@@ -132,3 +135,22 @@ def read_page(page: str) -> Reader:
 def gallery(page: str) -> dict[str, Any]:
     """The data of a page's gallery."""
     return json.loads(re.search(r'<script type="application/json" id="gallery">(.*?)</script>', page, re.S)[1])
+
+
+def section(page: str, anchor: str) -> str:
+    """The words of a section of a page; empty if it has none."""
+    found = re.search(rf'<h2 id="{anchor}">.*?</section>', page, re.S)
+    return " ".join(read_page(found[0].removesuffix("</section>")).text) if found else ""
+
+
+def report(*arguments: str | Path, out: Path) -> str:
+    """The page that scripts/report.py writes."""
+    assert main([*map(str, arguments), "--out", str(out)]) == 0
+    return out.read_text(encoding="utf-8")
+
+
+def many_clips(folder: Path) -> dict[str, Any]:
+    """The gallery's data of as many rows as test_s and test_u of Ref-AVS have."""
+    rows = [PredictedRow.from_json({**line(i % 8), "row": i}) for i in range(2288)]
+    evaluation = Evaluation("sft", folder, {"test_s": {}}, {row.row: row for row in rows})
+    return gallery_data([evaluation], gallery_rows([evaluation], list(evaluation.rows)))

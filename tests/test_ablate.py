@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,14 +13,14 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
 from configs.schema import RunConfig
 from dataset.avsbench import AvsBenchIndex
-from dataset.media import read_audio, read_frames
-from dataset.truth import read_truth
-from scripts.ablate import DECLARED, Plan, core_shares, cost_table, main
+from dataset.media import read_audio, read_frames, read_truth
+from scripts.ablate import DECLARED, Plan, cost_table, main
 from scripts.make_mini_s4 import main as make_s4
 from tests.ablation_case import ROOT, log, make_project
 from utils.config import load_config
@@ -199,9 +199,12 @@ def test_a_changed_config_makes_exactly_what_depends_on_it(project: Path) -> Non
 def test_changed_code_counts_unless_it_is_told_not_to(project: Path) -> None:
     with (project / "train_ds_test.py").open("a") as file:
         file.write("\n")
+    (old,) = (project / "runs/ablations/mini").glob("cot-s0-*")
+    (old / "old").touch()
     assert main(["--table", "3", "--any-code"], project) == 0 and log(project) == []
     assert main(["--table", "3"], project) == 0
-    assert sorted(log(project)) == ["eval_cot", "eval_wo_distill"]
+    everything = ["cot", "eval_cot", "eval_wo_distill", "make_mini_world", "teacher", "wo_distill"]
+    assert sorted(log(project)) == everything and not (old / "old").exists()
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -214,7 +217,9 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     while not path.exists() or "cot" not in path.read_text().splitlines():
         assert runner.poll() is None and time.monotonic() < end
         time.sleep(0.05)
-    runner.kill()
+    # Its commands too: one that outlived it would finish, and count.
+    for process in [*psutil.Process(runner.pid).children(recursive=True), psutil.Process(runner.pid)]:
+        process.kill()
     runner.wait()
     (project / "hold-cot").unlink()
     before = log(project)
@@ -226,20 +231,18 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert (folder / "attempts").read_text() == "xx"  # the folder was kept, so the real command continues
 
 
-def test_one_run_as_a_job_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_printed_commands_run_by_hand_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     project = make_project(tmp_path / "project")
     assert main(["--table", "6", "--print-commands"], project) == 0
     lines = capsys.readouterr().out.splitlines()
     commands = [line for line in lines if not line.startswith("#")]
     assert len(lines) == 2 * len(commands) == 2 * len(plan("mini", "6").runs) and log(project) == []
-    late = [line for line in commands if line.split()[-1].startswith("cot-")][0].split()[2:]
-    assert main(late, project) == 1
-    assert "needs world, teacher-s0-" in capsys.readouterr().err
+    assert [line for line in lines if line.startswith("# cot-")][0].split(" after ")[1].startswith("world, teacher-s0-")
     for line in commands[:2]:
-        assert main(line.split()[2:], project) == 0
+        subprocess.run([sys.executable, *shlex.split(line)[1:]], cwd=project, check=True)
     assert log(project) == ["make_mini_world", "teacher"]
+    assert main(["--table", "6", "--dry-run"], project) == 0 and "2 finished" in capsys.readouterr().out
     assert main(["--table", "6"], project) == 0 and len(log(project)) == len(commands) - 2
-    assert main(["--table", "6", "--only", "nothing"], project) == 1
     text = (project / "runs/ablations/mini/table_6.md").read_text()
     assert "| fine-tuned, 3 epochs | S4 test | 12 | 77.3 | 86.7 | - |" in text and "Protocol s4" in text
     assert "| before fine-tuning - fine-tuned, 3 epochs | S4 test | - |" in text
@@ -381,13 +384,6 @@ def test_a_failure_ends_what_runs_beside_it(tmp_path: Path, capsys: pytest.Captu
     assert main(["--table", "3", "--jobs", "2"], project) == 1
     assert "run wo_distill-s0-" in (error := capsys.readouterr().err) and "ended with status 3" in error
     assert "eval_cot" not in log(project)
-
-
-def test_cores_are_shared_without_overlap() -> None:
-    cores = sorted(os.sched_getaffinity(0))
-    shares = core_shares(len(cores))
-    assert core_shares(1) == [None] and core_shares(len(cores) + 1) == [None] * (len(cores) + 1)
-    assert len(cores) == 1 or sorted(core for share in shares for core in share) == cores
 
 
 def test_mini_s4_has_the_layout_of_s4(tmp_path: Path) -> None:

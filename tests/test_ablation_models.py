@@ -15,8 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 import train_ds_test
 from configs.schema import ModelConfig, TrainableConfig
-from dataset.prompt import load_tokenizer
-from dataset.references import build_prompts
+from dataset.prompt import build_prompts, load_tokenizer
 from model.aurora.ablations import LearnableQueryAurora, TextEncoderAurora, load_text_encoder
 from model.aurora.inference import predict
 from model.aurora.model import AuroraModel

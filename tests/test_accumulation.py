@@ -45,7 +45,7 @@ def test_bf16_gradients_are_summed_in_float32_where_that_is_asked_for(engine_cas
 def test_applied_gradient_of_two_processes_is_the_plain_sum() -> None:
     done = run(launched("-m", "tests.accumulation_case", *TWO, processes=2))
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    found = json.loads(done.stdout.splitlines()[-1])  # torch 2.9 writes of its connections before
     assert list(found) == TWO
     apart = {f"{case} {part}": error for case, parts in found.items() for part, (error, _) in parts.items()}
     assert len(apart) == 5 * len(TWO) and max(apart.values()) < 1e-3, apart

@@ -5,23 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dataset.annotate.backends import Blocked, Reply, Request, Unanswered, redacted
-from dataset.annotate.correction import correction_gate, edit_ratio, is_right, parse_correction, split_parts, unmark
+from dataset.annotate.correction import correction_gate, edit_ratio, parse_correction, split_parts, unmark
 from dataset.annotate.engine import Engine, Limits, RunFiles
 from dataset.annotate.failures import mine, read_failures, write_failures
 from dataset.annotate.gates import problems_of_reasoning, reasoning_gate, tidy
-from dataset.annotate.mini import mark_changes
+from dataset.annotate.mini import mark_changes, rule_label
 from dataset.annotate.prompts import fill, read_template
-from dataset.cot import read_cot
+from dataset.annotate.taxonomy import TYPES, count_table
 from dataset.mini.language import chain_is_faithful
 from dataset.mini.world import WorldSettings, make_mini_world
+from dataset.records import CotRecord, read_cot, read_reflective
 from dataset.refavs import RefAvsIndex, Row, Split
-from dataset.reflective import read_reflective
 from scripts import analyze_failures, build_reflective, correct_paths, generate_cot
 from tests.data_builders import write_lines
 from utils.errors import DataError
@@ -31,13 +32,11 @@ GOOD = "The images show a man. The audio contains his voice. The reference asks 
 
 
 def row(number: int = 0, **fields: object) -> Row:
-    values = {"vid": "v", "uid": f"c_man_{number}", "clip": "c", "split": Split.TRAIN, "fid": 0, "reference": "It.",
-              "class_name": "man", "number": 1, **fields}  # fmt: skip
-    return Row(row=number, **values)
+    return replace(Row(number, "v", f"c_man_{number}", "c", Split.TRAIN, 0, "It.", "man", 1), **fields)
 
 
-def request(number: int = 0, wrong: str = "", attempt: int = 0, **fields: object) -> Request:
-    return Request(row(number, **fields), "prompt", (), Path("a.wav"), wrong, attempt)
+def request(number: int = 0, wrong: str = "") -> Request:
+    return Request(row(number), "prompt", (), Path("a.wav"), wrong)
 
 
 # ---- gates
@@ -95,9 +94,10 @@ def test_two_part_answers_are_parsed() -> None:
 
 @pytest.mark.parametrize("text", ["right", '"Right."', " **right** \n"])
 def test_right_is_kept_apart(text: str) -> None:
-    assert is_right(text) and not is_right("the right one")
-    result = correction_gate(0.6)(request(wrong=WRONG), text)
+    judge = correction_gate(0.6)
+    result = judge(request(wrong=WRONG), text)
     assert result.status == "right" and result.record["target"] == "man"
+    assert judge(request(wrong=WRONG), "the right one").status == "refused"
 
 
 @pytest.mark.parametrize(
@@ -156,17 +156,12 @@ def test_the_paper_s_prompts_are_shipped_word_for_word(name: str) -> None:
     assert read_template("correct", Path(name)) == read_template(name)
 
 
-def test_reasoning_is_written_by_the_paper_s_prompt(world: Path, tmp_path: Path) -> None:
-    given = ["--data", str(world), "--limit", "2", "--mistakes", "0"]
-    prompts = {}
-    for name in ("cot_flexible", "paper_6_1"):
-        out = tmp_path / name / "train.jsonl"
-        template = ["--template", name] if name != "cot_flexible" else []
-        assert generate_cot.main([*given, "--out", str(out), *template]) == 0
-        prompts[name] = {p.read_text() for p in out.parent.rglob("*.json") if "prompt_sha256" in p.read_text()}
-    wanted = {name: hashlib.sha256(read_template(name).encode()).hexdigest()[:16] for name in prompts}
-    for name, texts in prompts.items():
-        assert texts and all(wanted[name] in text for text in texts)
+@pytest.mark.parametrize("name", ["cot_flexible", "paper_6_1"])
+def test_reasoning_is_written_by_the_named_prompt(world: Path, tmp_path: Path, name: str) -> None:
+    given = ["--data", str(world), "--limit", "2", "--mistakes", "0", "--out", str(tmp_path / "train.jsonl")]
+    assert generate_cot.main([*given, *(["--template", name] if name != "cot_flexible" else [])]) == 0
+    settings = json.loads((tmp_path / "train.jsonl.parts/settings.json").read_text())
+    assert settings["prompt_sha256"] == hashlib.sha256(read_template(name).encode()).hexdigest()[:16]
 
 
 def test_secrets_are_cut_out() -> None:
@@ -250,6 +245,48 @@ def test_only_clear_failures_are_mined(tmp_path: Path) -> None:
     assert report["by_kind"] == {"audio": {"rows": 6, "mined": 2}}
 
 
+# ---- types of failures: which step of a path is wrong first
+
+
+TRUTH = {"things": [["red", "dog"], ["blue", "cat"], ["green", "car"]],
+         "sounds": [["dog", "loud"], ["cat", "quiet"]], "target": 1}  # fmt: skip
+SEEN = "From left to right I see a red dog, a blue cat and a green car."
+HEARD = "In the audio I hear the dog first, loud, and then the cat, quiet."
+PICKED = "We look for the quieter object: the cat is quieter, so it is in the middle: the blue cat."
+ENDING = f"{PICKED} So the target is cat."
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "kind", "label"),
+    [
+        ("a red dog", "a red drum", "audio", "visual_misidentification"),
+        ("a red dog", "a white dog", "audio", "entity_attribute"),
+        ("a red dog, a blue cat", "a blue cat, a red dog", "audio", "spatial_referential"),
+        ("hear the dog", "hear the car", "audio", "audio_perception"),
+        ("the dog first, loud, and then the cat, quiet", "the cat first, quiet, and then the dog, loud", "audio",
+         "temporal_reasoning"),
+        ("the middle: the blue cat. So the target is cat", "the left: the red dog. So the target is dog", "temporal",
+         "temporal_reasoning"),
+        ("the middle: the blue cat. So the target is cat", "the left: the red dog. So the target is dog", "spatial",
+         "spatial_referential"),
+        ("target is cat", "target is dog", "spatial", "logical_contradiction"),
+        (HEARD, "", "audio", "logical_contradiction"),
+    ],
+)  # fmt: skip
+def test_rules_name_the_first_wrong_step(old: str, new: str, kind: str, label: str) -> None:
+    text = f"{SEEN} {HEARD} {ENDING} It is [SEG]."
+    assert old in text
+    found = rule_label(row(truth=TRUTH, kind=kind, reference="The quieter object."), text.replace(old, new))
+    assert found == label
+
+
+def test_the_papers_counts_stand_beside_ours() -> None:
+    assert [t.paper for t in TYPES] == [428, 285, 251, 103, 166, 148, 124] and sum(t.paper for t in TYPES) == 1505
+    assert len({t.family for t in TYPES}) == 3
+    table = count_table([("audio_perception", "audio", "dog"), ("audio_perception", "temporal", "cat")])
+    assert (table[2]["count"], table[2]["percent"], table[2]["kind:audio"], table[2]["class:cat"]) == (2, 100.0, 1, 1)
+
+
 # ---- the mini world annotates itself
 
 
@@ -274,11 +311,12 @@ def test_written_chains_are_true_and_come_once(world: Path, tmp_path: Path, styl
     refused = [json.loads(text) for text in Path(f"{out}.refused.jsonl").read_text().splitlines()]
     assert sorted([*records, *(r["row"] for r in refused)]) == [r.row for r in rows]
     assert len(refused) < len(rows) / 4 and all(r["problems"] for r in refused)
-    if style == "flexible":
-        assert all(
-            chain_is_faithful(r.reasoning + " It is [SEG].", index.row(n).truth, index.row(n).reference)
-            for n, r in records.items()
-        )
+    assert style == "fixed" or all_true(index, records)
+
+
+def all_true(index: RefAvsIndex, records: dict[int, CotRecord]) -> bool:
+    rows = ((index.row(n), f"{record.reasoning} It is [SEG].") for n, record in records.items())
+    return all(chain_is_faithful(text, row.truth, row.reference) for row, text in rows)
 
 
 def spoil(text: str, target: str) -> str:
@@ -302,22 +340,18 @@ def test_from_failures_to_reflective_paths(world: Path, tmp_path: Path) -> None:
     assert report["accepted"] > 0.6 * len(truths) and report["refusals_by_gate"]
     assert build_reflective.main(["--corrections", str(out), "--out", str(paths)]) == 0
     built = read_reflective([paths], index, "corrected_only")
-    assert len(built) == report["accepted"]
-    assert all(
-        chain_is_faithful(r.reasoning + " It is [SEG].", index.row(n).truth, index.row(n).reference)
-        for n, r in built.items()
-    )
+    assert len(built) == report["accepted"] and all_true(index, built)
     assert analyze_failures.main([*common, "--out", str(types)]) == 0
     assert {json.loads(text)["type"] for text in types.read_text().splitlines()} == {"logical_contradiction"}
 
 
-def test_published_lists_are_imported(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_released_lists_are_imported(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     rows = RefAvsIndex(world).rows("train")
-    published = tmp_path / "train.json"
-    published.write_text(json.dumps([{"reasoning": f"So the target is {r.class_name}. It is [SEG]."} for r in rows]))
-    given = ["--data", str(world), "--out", str(tmp_path / "o.jsonl"), "--import-published", str(published)]
+    released = tmp_path / "train.json"
+    released.write_text(json.dumps([{"reasoning": f"So the target is {r.class_name}. It is [SEG]."} for r in rows]))
+    given = ["--data", str(world), "--out", str(tmp_path / "o.jsonl"), "--import-published", str(released)]
     assert generate_cot.main(given) == 0 and len(read_cot([tmp_path / "o.jsonl"], RefAvsIndex(world))) == len(rows)
-    published.write_text("[]")
+    released.write_text("[]")
     given[3] = str(tmp_path / "p.jsonl")
     assert generate_cot.main(given) == 1
     assert f"0 elements, but split train has {len(rows)} rows" in capsys.readouterr().err

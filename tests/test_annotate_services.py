@@ -23,6 +23,7 @@ from tests.misbehaving_server import TRANSIENT, MisbehavingServer
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "sk-very-secret-0123456789"
 ROWS = 15
+BOTH = pytest.mark.parametrize("backend", ["openai", "gemini"])
 WRONG = "The images show a cello. The audio holds it. The reference asks for it. So the target is cello. It is [SEG]."
 
 
@@ -76,7 +77,7 @@ def no_key(folder: Path, *texts: str) -> None:
     assert not any(KEY in text for text in texts)
 
 
-@pytest.mark.parametrize("backend", ["openai", "gemini"])
+@BOTH
 def test_every_fault_ends_with_every_row_once(
     backend: str, world: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
@@ -103,7 +104,7 @@ def test_every_fault_ends_with_every_row_once(
     no_key(tmp_path, *texts)
 
 
-@pytest.mark.parametrize("backend", ["openai", "gemini"])
+@BOTH
 def test_nothing_is_sent_without_the_flag(
     backend: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -120,7 +121,7 @@ def test_nothing_is_sent_without_the_flag(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("backend", ["openai", "gemini"])
+@BOTH
 def test_a_dead_service_leaves_rows_open(
     backend: str, world: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
@@ -136,7 +137,7 @@ def test_a_dead_service_leaves_rows_open(
     no_key(tmp_path, *capfd.readouterr())
 
 
-@pytest.mark.parametrize("backend", ["openai", "gemini"])
+@BOTH
 def test_a_refused_key_ends_the_run(
     backend: str, world: Path, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,7 +200,7 @@ def test_killed_at_any_moment(world: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("backend", ["openai", "gemini"])
+@BOTH
 def test_the_writer_uses_the_same_services(backend: str, world: Path, tmp_path: Path) -> None:
     out = tmp_path / "cot.jsonl"
     with MisbehavingServer({1: ["no_parts", "500"], 2: ["hang"]}) as server:

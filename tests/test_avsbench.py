@@ -1,4 +1,4 @@
-"""AVSBench S4 and MS3 from miniature copies of both published layouts to samples, losses and scores."""
+"""AVSBench S4 and MS3 from miniature copies of both released layouts to samples, losses and scores."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ import torch
 import train_ds_test
 from configs.schema import DataConfig
 from dataset.avsbench import CATEGORY_OBJECTS, AvsBenchIndex
-from dataset.build import build_index, build_processor, training_clips
 from dataset.clips import ClipDataset, ClipSettings
-from dataset.collate import build_loader
+from dataset.loader import build_index, build_loader, build_processor, training_clips
 from dataset.processor import AuroraProcessor
 from dataset.prompt import Prompts, load_tokenizer
 from dataset.refavs import RefAvsIndex

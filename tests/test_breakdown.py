@@ -58,15 +58,15 @@ def test_a_run_is_read_back_broken_down_and_compared(tmp_path):
     assert [e.name for e in found] == ["teacher", "sft", "sft_zero"]
     sft = found[1]
     assert list(sft.metrics) == ["test_s", "test_u", "test_n"] and sorted(sft.rows) == list(range(len(ROWS)))
-    dimensions = {d.title: d for d in break_down(list(sft.rows.values()), {0: "small (x)", 1: "large (x)"})}
-    split = {g.name: g for g in dimensions["Split"].groups}
+    dimensions = break_down(list(sft.rows.values()), {0: "small (x)", 1: "large (x)"})
+    split = dimensions["Split"]
     assert split["seen (test_s)"].scores["J"].mean == pytest.approx((50 + 5 + 80 + 53) / 4)
     assert split["seen (test_s)"].class_accuracy == 75 and split["unseen (test_u)"].scores["J&F"].clips == 2
-    assert [g.name for g in dimensions["Mask size"].groups] == ["small (x)", "large (x)"]
-    assert dimensions["Null references"].groups[0].scores["S"].mean == 12.5
+    assert list(dimensions["Mask size"]) == ["small (x)", "large (x)"]
+    assert dimensions["Null references"]["test_n: S, lower is better"].scores["S"].mean == 12.5
     assert [(a.name, b.name) for a, b in pairs(found)] == [("teacher", "sft"), ("sft", "sft_zero")]
     comparison = compare(*pairs(found)[0])
-    whole = comparison.groups[0]
+    whole = comparison.groups["all rows"]
     changes = [(5 + 9) / 2 - (51 + 61) / 2, (80 + 88) / 2 - (52 + 62) / 2, (50 + 60) / 2 - (90 + 98) / 2]
     assert whole.change.mean == pytest.approx(sum(changes) / 8)
     assert (whole.wins, whole.losses, whole.change.rows) == (1, 2, 8)

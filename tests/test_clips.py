@@ -6,6 +6,7 @@ import multiprocessing
 import pickle
 import signal
 import time
+from collections.abc import Callable
 from itertools import islice
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -18,12 +19,11 @@ import torch
 from torch.utils.data import ConcatDataset
 
 from dataset import clips
-from dataset.clips import ClipDataset, ClipSettings, derangement
-from dataset.collate import build_loader, collate
-from dataset.cot import CotRecord
-from dataset.mixture import MixtureSampler, shard
-from dataset.processor import AuroraProcessor
+from dataset.clips import ClipDataset, ClipSettings, Packed, derangement
+from dataset.loader import MixtureSampler, build_loader
+from dataset.processor import AuroraProcessor, collate
 from dataset.prompt import Prompts, load_tokenizer
+from dataset.records import CotRecord
 from dataset.refavs import RefAvsIndex
 from tests.data_builders import write_clip, write_metadata, write_tokenizer, write_world
 from utils.errors import DataError
@@ -68,17 +68,10 @@ def _same(a: Sample, b: Sample) -> bool:
 def test_sample(parts: Parts) -> None:
     index, _, prompts = parts
     sample = _dataset(parts, answer="class", teacher_answer="plain", keep_frames=True)[1]
-    assert (sample.row, sample.uid, sample.split, sample.class_name) == (
-        1,
-        "-a_b_0_10000_hair-dryer_1",
-        "train",
-        "hair-dryer",
-    )
-    assert sample.reference == "The loud, hot thing." and type(sample.split) is str
-    assert (
-        sample.pixel_values.shape == (10, 3, 28, 28)
-        and -1 <= sample.pixel_values.min() <= sample.pixel_values.max() <= 1
-    )
+    assert (sample.row, sample.uid) == (1, "-a_b_0_10000_hair-dryer_1")
+    assert (sample.split, sample.class_name, sample.reference) == ("train", "hair-dryer", "The loud, hot thing.")
+    assert type(sample.split) is str and sample.pixel_values.shape == (10, 3, 28, 28)
+    assert -1 <= sample.pixel_values.min() <= sample.pixel_values.max() <= 1
     assert sample.sam_pixels.shape == (10, 3, 32, 32) and sample.sam_size == (24, 32)
     assert sample.fbank.shape == (98, 16) and sample.fbank.dtype == torch.float32
     assert sample.masks.shape == (10, 48, 64) and sample.masks.dtype == torch.bool and sample.masks.any()
@@ -117,6 +110,18 @@ def test_a_clip_that_repeats_is_decoded_once(parts: Parts, probe: str, monkeypat
     assert all(_same(kept[i], expected[i]) for i in reversed(range(len(kept))))
 
 
+def test_packed_items_come_back_equal(parts: Parts) -> None:
+    rows = parts[0].rows("train")
+    packed = Packed([*rows, None])
+    assert list(packed) == [*rows, None] and len(packed) == 5 and packed[-2] == rows[-1] and rows[2] in packed
+    for number in (5, -6):
+        with pytest.raises(IndexError):
+            packed[number]
+    with pytest.raises(TypeError):
+        packed[1:3]
+    assert list(Packed([])) == []
+
+
 def test_nothing_is_read_at_construction(tmp_path: Path, processor: AuroraProcessor, prompts: Prompts) -> None:
     world = write_world(tmp_path, seconds=0.1)
     (tmp_path / "media").rename(tmp_path / "elsewhere")
@@ -140,13 +145,6 @@ def test_null_row(fresh: Parts) -> None:
     assert not _dataset(fresh)[3].masks.any()  # counted by check_data, and no end of a run
 
 
-def test_missing_masks_of_an_object_are_an_error(fresh: Parts) -> None:
-    folder = fresh[0].mask_folder(fresh[0].rows("train")[0])
-    folder.rename(folder.with_name("gone"))
-    with pytest.raises(DataError, match=r"cello_1 \(row 0\): .*fid_0: no such folder.*Remedy"):
-        _dataset(fresh)[0]
-
-
 def test_fewer_frames(parts: Parts) -> None:
     sample, whole = _dataset(parts, num_frames=4)[0], _dataset(parts)[0]
     kept = [1, 3, 6, 8]
@@ -165,43 +163,32 @@ def test_reasoning_is_required_for_every_row(parts: Parts) -> None:
         _dataset(parts, cot=cot, answer="reasoning")
 
 
-def _broken_frame(media: Path, masks: Path) -> None:
-    path = media / "frames" / "4.jpg"
+def _sound(samples: int) -> Callable[[Path, Path], None]:
+    return lambda media, _: soundfile.write(media / "audio.wav", np.zeros(samples, np.float32), 16_000)
+
+
+def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-30])
-
-
-def _missing_frame(media: Path, masks: Path) -> None:
-    (media / "frames" / "4.jpg").unlink()
-
-
-def _missing_last_frame(media: Path, masks: Path) -> None:
-    (media / "frames" / "9.jpg").unlink()
-
-
-def _empty_sound(media: Path, masks: Path) -> None:
-    soundfile.write(media / "audio.wav", np.zeros(0, np.float32), 16_000)
-
-
-def _short_sound(media: Path, masks: Path) -> None:
-    soundfile.write(media / "audio.wav", np.zeros(300, np.float32), 16_000)
-
-
-def _other_mask_size(media: Path, masks: Path) -> None:
-    cv2.imwrite(str(masks / "00002.png"), np.zeros((10, 10), np.uint8))
 
 
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (_broken_frame, r"4\.jpg: truncated"),
-        (_missing_frame, "image 4 is missing"),
-        (_missing_last_frame, "10 masks for 9 frames"),
-        (_empty_sound, r"audio\.wav: holds no sound"),
-        (_short_sound, r"audio\.wav: wave: 300 samples; one window needs 400"),
-        (_other_mask_size, r"00002\.png: 10x10 pixels, but the frame has 64x48"),
+        (lambda media, _: _cut(media / "frames" / "4.jpg"), r"4\.jpg: truncated"),
+        (lambda media, _: (media / "frames" / "4.jpg").unlink(), "image 4 is missing"),
+        (lambda media, _: (media / "frames" / "9.jpg").unlink(), "10 masks for 9 frames"),
+        (_sound(0), r"audio\.wav: holds no sound"),
+        (_sound(300), r"audio\.wav: wave: 300 samples; one window needs 400"),
+        (
+            lambda _, masks: cv2.imwrite(str(masks / "00002.png"), np.zeros((10, 10), np.uint8)),
+            r"00002\.png: 10x10 pixels, but the frame has 64x48",
+        ),
+        (lambda _, masks: masks.rename(masks.with_name("gone")), "fid_0: no such folder"),
     ],
 )
-def test_broken_media_name_the_sample_and_the_remedy(fresh: Parts, damage, words: str) -> None:
+def test_broken_media_name_the_sample_and_the_remedy(
+    fresh: Parts, damage: Callable[[Path, Path], object], words: str
+) -> None:
     index = fresh[0]
     row = index.rows("train")[2]
     damage(index.frames_folder(row.clip).parent, index.mask_folder(row))
@@ -271,7 +258,7 @@ def test_probe_needs_two_clips_and_a_known_name(tmp_path: Path, parts: Parts) ->
 def test_collate(parts: Parts, count: int) -> None:
     samples = [_dataset(parts, answer="class")[i] for i in range(count)]
     batch = collate(samples)
-    assert isinstance(batch, Batch) and len(batch) == count and batch.rows == [s.row for s in samples]
+    assert isinstance(batch, Batch) and [s.row for s in batch.samples] == [s.row for s in samples]
     assert batch.pixel_values.shape == (count, 10, 3, 28, 28) and batch.fbank.shape == (count, 98, 16)
     assert batch.sam_pixels.shape == (count, 10, 3, 32, 32) and batch.mask_sizes == [(48, 64)] * count
     assert all(_same(a, b) for a, b in zip(samples, batch.samples, strict=True))
@@ -304,13 +291,13 @@ def test_loader(parts: Parts, workers: int) -> None:
     loader = build_loader(sources, MixtureSampler([4, 3], seed=2), batch_size=2, workers=workers, seed=0)
     batches = list(islice(loader, 7))
     assert all(isinstance(b, Batch) for b in batches)
-    rows = [row for b in batches for row in b.rows]
+    rows = [s.row for b in batches for s in b.samples]
     assert sorted(rows[:7]) == sorted(rows[7:]) == [0, 1, 2, 3, 5, 6, 7]
     expected = list(islice(MixtureSampler([4, 3], seed=2), 14))
     assert all(_same(s, sources[i]) for s, i in zip((s for b in batches for s in b.samples), expected, strict=True))
-    finite = build_loader(_dataset(parts), shard(4, 0, 1), batch_size=3, workers=workers, seed=0)
+    finite = build_loader(_dataset(parts), range(4), batch_size=3, workers=workers, seed=0)
     for _ in range(2):  # persistent workers serve a second pass
-        assert [b.rows for b in finite] == [[0, 1, 2], [3]]
+        assert [[s.row for s in b.samples] for b in finite] == [[0, 1, 2], [3]]
 
 
 def test_a_worker_lost_while_it_hands_tensors_over_is_named(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -316,17 +316,19 @@ def test_help_is_complete_and_quick() -> None:
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
 
 
-def test_configuration_needs_no_torch() -> None:
-    code = "import sys, train_ds; sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'transformers')))"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
-def test_command_line_errors_are_short() -> None:
-    done = subprocess.run(
-        [sys.executable, "train_ds.py", "--config", "configs/eval.yaml"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
+@pytest.mark.parametrize(
+    ("command", "refusal"),
+    [
+        (["train_ds.py", "--config", "configs/eval.yaml"], "use train_ds_test.py"),
+        (["train_ds_test.py", "eval.probes=none"], "unknown key"),
+        (["train_ds.py", "--config", "configs/sft.yaml", "data.root=nowhere"], "data.root = 'nowhere'"),
+    ],
+)
+def test_a_wrong_configuration_is_refused_before_torch_is_loaded(command: list[str], refusal: str) -> None:
+    code = (
+        f"import runpy, sys; sys.argv = {command!r}\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\nexcept SystemExit as end:\n"
+        "    sys.exit(10 * any(m in sys.modules for m in ('torch', 'numpy', 'transformers')) + end.code)"
     )
-    assert done.returncode == 1 and "train_ds_test.py" in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and refusal in done.stderr and "Traceback" not in done.stderr, done.stderr

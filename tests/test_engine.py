@@ -12,9 +12,9 @@ import torch
 from configs.schema import OptimConfig
 from tests.engine_cases import COMBINATIONS, Net, config
 from tests.tiny_run import ROOT, launched, own_noise, run
+from utils import distributed
 from utils.engine import LearningRate, parameter_groups
 from utils.errors import ConfigError
-from utils.seed import seed_everything
 
 
 def run_case(case: str, *arguments: str, processes: int = 1) -> Any:
@@ -37,7 +37,7 @@ def test_own_noise_is_told_from_that_of_other_packages() -> None:
 
 def by_hand(world: int) -> tuple[list[float], list[float], float]:
     """Mean loss of each of four steps, the weights after them and the first gradient's norm, in plain torch."""
-    seed_everything(0)
+    distributed.seed_everything(0)
     net, optim = Net(), config(0, "fp32").optim
     bodies, heads = list(net.body.parameters()), list(net.head.parameters())
     optimizer = torch.optim.AdamW(

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from dataset.media import read_truth
 from dataset.predictions import PredictionFolder, read_prediction
 from dataset.refavs import RefAvsIndex
-from dataset.truth import read_truth
 from scripts import evaluate_masks
 from tests.avsbench_cases import write_v1
 from tests.data_builders import write_world
@@ -111,6 +111,13 @@ def test_every_layout_and_number_of_processes_gives_one_score(world: Path, tmp_p
     printed = capsys.readouterr().out
     assert "6 rows share their folder" in printed
     assert "AURORA (paper)" in printed and "63.20" in printed and "--pred, official" in printed and "6 rows" in printed
+    try:
+        (world / "mini_s4.json").touch()  # a file of synthetic data, which stand beside no published number
+        score(tmp_path / "object", world, tmp_path)
+    finally:
+        (world / "mini_s4.json").unlink()
+    printed = capsys.readouterr().out
+    assert "AURORA" not in printed and "synthetic" in printed and "--pred, official" in printed
 
 
 def test_rows_that_were_not_predicted(world: Path, tmp_path: Path, capsys) -> None:
@@ -197,3 +204,8 @@ def test_avsbench_folder(tmp_path: Path, capsys) -> None:
     assert "CRAB" in printed and "77.30" in printed and "Table 6" in printed
     line = next(line for line in printed.splitlines() if line.startswith("--pred"))
     assert float(line.split()[2]) == 100.0
+    (tmp_path / "mini_s4.json").touch()
+    assert evaluate_masks.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "CRAB" not in printed and "synthetic" in printed
+    assert line.split() in [found.split() for found in printed.splitlines()]

@@ -43,8 +43,9 @@ class World:
     def predict(self, batch):
         if self.stop_after is not None and len(self.predicted) >= self.stop_after:
             raise KeyboardInterrupt
-        self.predicted += batch.rows
-        shift = 1e-3 * sum(batch.rows)
+        rows = [sample.row for sample in batch.samples]
+        self.predicted += rows
+        shift = 1e-3 * sum(rows)
         made = [make_prediction(s, seed=s.row, has_seg=s.row % 7 != 0) for s in batch.samples]
         for prediction in made:
             prediction.mask_logits += shift

@@ -119,7 +119,8 @@ def test_a_limit_spreads_rows(tiny, tmp_path):
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_in_words(tiny, overrides, message, capsys):
-    assert train_ds_test.main(["--config", str(tiny / "eval.yaml"), *overrides]) == 1
+    with pytest.raises(SystemExit, match="1"):
+        train_ds_test.main(["--config", str(tiny / "eval.yaml"), *overrides])
     assert message in capsys.readouterr().err
 
 

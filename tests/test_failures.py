@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import errno
-import os
 import shlex
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
 from scripts.plan_memory import main
-from tests.tiny_run import ROOT, make_tiny_run
-from utils import failures
-from utils.failures import memory_advice, run_command
+from tests.tiny_run import make_tiny_run
+from utils import errors
+from utils.distributed import memory_advice
+from utils.errors import AuroraError, run_command
 
 INTACT = "the last checkpoint is intact"
 
@@ -60,13 +56,21 @@ def test_other_errors_keep_their_traceback() -> None:
             end(error)
 
 
+def test_a_command_ends_with_its_own_status() -> None:
+    assert [run_command(lambda status=status: status) for status in (None, 0, 3, "text")] == [0, 0, 3, 0]
+
+    def broken() -> None:
+        raise AuroraError("x = 1: too small. Remedy: 2.")
+
+    assert run_command(broken) == 1 and run_command(broken, failed=2) == 2
+
+
 def test_one_of_several_processes_ends_at_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     left: list[int] = []
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(failures, "world_size", lambda: 2)
-    monkeypatch.setattr(failures, "leave", left.append)
+    monkeypatch.setattr(errors, "leave", left.append)
     lost = "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:42077"
     end(RuntimeError(lost))
     printed = capsys.readouterr().err
@@ -85,22 +89,3 @@ def test_the_advice_is_a_command_that_names_the_cheapest_change(
     assert command[0] == "scripts/plan_memory.py" and main(command[1:]) == 0  # it fits, and yet a change is named
     assert "The cheapest change:\n  engine.zero_stage=" in capsys.readouterr().out
 
-
-def test_processes_end_with_a_killed_launcher(tmp_path: Path) -> None:
-    code = "import time; from utils.parent import end_with_launcher; end_with_launcher(); print('up', flush=True); "
-    launcher = (
-        "import subprocess, sys, time; "
-        f"child = subprocess.Popen([sys.executable, '-c', {code + 'time.sleep(60)'!r}]); print(child.pid, flush=True); "
-        "time.sleep(60)"
-    )
-    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "x"}
-    with subprocess.Popen(
-        [sys.executable, "-c", launcher], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
-    ) as process:
-        child = psutil.Process(int(process.stdout.readline()))
-        assert process.stdout.readline() == "up\n"
-        process.kill()
-        end_by = time.monotonic() + 55  # the process itself ends after 60
-        while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
-            assert time.monotonic() < end_by
-            time.sleep(0.05)

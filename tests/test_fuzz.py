@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from configs.schema import RunConfig
 from dataset import media
 from dataset.avsbench import AvsBenchIndex
-from dataset.cot import read_cot
 from dataset.prompt import Prompts, load_tokenizer
+from dataset.records import read_cot, read_reflective
 from dataset.refavs import RefAvsIndex
-from dataset.reflective import read_reflective
 from tests.data_builders import CONTROL_TOKENS, png_file, write_tokenizer
 from utils.answers import parse_answer, reasoning_steps
+from utils.checkpoint import read_manifest
 from utils.config import load_config
 from utils.errors import AuroraError, CheckpointError, DataError
 from utils.results import decode_masks, encode_masks, read_parts
@@ -168,8 +168,6 @@ def test_fuzzed_images(tmp_path: Path, cut: int, junk: bytes, position: int) -> 
 @FUZZ
 @given(st.one_of(JSON.map(json.dumps), TEXT))
 def test_fuzzed_manifests(tmp_path: Path, text: str) -> None:
-    from utils.checkpoint import read_manifest
-
     (tmp_path / "manifest.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     try:
         assert isinstance(read_manifest(tmp_path), dict)

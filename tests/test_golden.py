@@ -35,7 +35,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import dataset.build  # noqa: F401 - train_ds.py imports it late; here it is imported once for all runs
+import dataset.loader  # noqa: F401 - train_ds.py imports it late; here it is imported once for all runs
 import train_ds
 from dataset.mini.world import WorldSettings, make_mini_world
 from dataset.prompt import load_tokenizer

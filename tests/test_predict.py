@@ -78,8 +78,14 @@ def test_what_cannot_be_read_is_refused_in_words(tmp_path):
     ):
         with pytest.raises(DataError, match=message):
             read_clip(path)
-    with pytest.raises(DataError, match=r"20 frames, 30 wanted.*Remedy"):
-        read_clip(write_video(tmp_path / "few.mp4"), frames=30)
+    few = write_video(tmp_path / "few.mp4")
+    for limits, message in (
+        ({"frames": 30}, r"20 frames, 30 wanted.*Remedy"),
+        ({"max_seconds": 1.5}, r"few\.mp4: 2\.[01] s, limit 1\.5 s.*Remedy"),
+        ({"max_pixels": 100}, r"few\.mp4: 98x64 pixels, limit 100.*Remedy"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read_clip(few, **limits)
 
 
 def test_a_codec_without_a_decoder_is_named(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The page and its pictures: what is shown, sizes, colours, what the script needs; no text becomes markup."""
+"""The page, its pictures and sampled answers: what is shown, sizes, colours; no text becomes markup."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import hashlib
 import io
 import json
 import re
+from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
@@ -16,11 +18,24 @@ import pytest
 from PIL import Image
 
 from scripts.report import main as report_command
-from tests.report_case import EVIL, ROWS, gallery, line, make_world, read_page, write_evaluation, write_run
+from tests.report_case import (
+    EVIL,
+    ROWS,
+    gallery,
+    make_world,
+    many_clips,
+    read_page,
+    report,
+    section,
+    write_evaluation,
+    write_run,
+)
 from utils.draw import PREDICTION, TRUTH, jpeg, overlay, save_masks, strip
-from utils.report.media import gallery_data, gallery_rows, mask_layer, sprite
-from utils.report.page import FILTERS, RESULTS, SCRIPT, STYLE, Report, render_page
-from utils.report.runs import Evaluation, PredictedRow
+from utils.errors import DataError
+from utils.report.media import mask_layer, sprite
+from utils.report.page import SCRIPT, STYLE, render_page
+from utils.report.runs import SAMPLED_GROUPS, read_groups
+from utils.results import encode_masks
 from utils.tables import format_table, mix_scores, split_table
 
 
@@ -57,7 +72,7 @@ def run(tmp_path_factory):
     """A run with hostile texts and the page that scripts/report.py makes of it."""
     folder = tmp_path_factory.mktemp("report")
     write_run(folder / "run", make_world(folder / "data"))
-    assert report_command([str(folder / "run"), "--title", EVIL]) == 0
+    report(folder / "run", "--title", EVIL, out=folder / "run/report.html")
     return folder / "run"
 
 
@@ -76,7 +91,7 @@ def test_text_never_becomes_markup(page):
 
 
 def test_hostile_texts_of_the_summary_are_shown_as_text():
-    reader = read_page(render_page(Report(EVIL, summary(), charts=charts())))
+    reader = read_page(render_page(EVIL, summary(), charts=charts()))
     assert "script" not in reader.tags and "alert('x')" in " ".join(reader.text)
     assert pictures(reader) == ["svg+xml"]
     image = next(attributes for tag, attributes, _ in reader.elements if tag == "img")
@@ -123,14 +138,9 @@ def test_page_holds_every_part(page):
 
 
 def test_scores_stand_under_their_protocol_and_beside_the_paper():
-    text = " ".join(read_page(render_page(Report("t", summary()))).text)
+    text = " ".join(read_page(render_page("t", summary())).text)
     for wanted in ("80.00", "7.25", "81.00", "91.50", "-30.00", "-40.00", "12.50", "66.0", "teacher: reads the true"):
         assert wanted in text, wanted
-
-
-def section(page, anchor):
-    found = re.search(rf'<h2 id="{anchor}">.*?</section>', page, re.S)
-    return " ".join(read_page(found[0].removesuffix("</section>")).text) if found else ""
 
 
 @pytest.mark.parametrize("mini_file", ["mini_truth.jsonl", "mini_s4.json"])
@@ -138,22 +148,20 @@ def test_only_runs_on_refavs_stand_beside_published_numbers(tmp_path, mini_file)
     """Whatever else the page shows: a run on the mini world has tables of its own, which say what it is."""
     synthetic = {"metadata.csv": "x", mini_file: "x"}
     write_evaluation(tmp_path / "eval_toy", tmp_path, files=synthetic, checkpoint_sha256="m")
-    assert report_command([str(tmp_path), "--no-media"]) == 0
-    alone = (tmp_path / "report.html").read_text(encoding="utf-8")
+    alone = report(tmp_path, "--no-media", out=tmp_path / "p.html")
     assert section(alone, "paper") == "" and "TSAM" not in alone and "paper:" not in section(alone, "stages")
     assert "Mini world: synthetic" in alone.split("<main>")[0]
     write_evaluation(tmp_path / "eval_real", tmp_path)
-    assert report_command([str(tmp_path), "--no-media"]) == 0
-    both = (tmp_path / "report.html").read_text(encoding="utf-8")
+    both = report(tmp_path, "--no-media", out=tmp_path / "p.html")
     assert "real" in section(both, "paper") and "toy" not in section(both, "paper")
     real, toy = section(both, "stages").split("Mini world (synthetic clips)")
     assert "real" in real and "toy" not in real and "paper: SFT with reasoning" in real
     assert "toy" in toy and "real" not in toy and "paper:" not in toy and "say nothing about Ref-AVS" in toy
-    assert "Mini world: synthetic" not in render_page(Report("t", summary()))
+    assert "Mini world: synthetic" not in render_page("t", summary())
 
 
 def test_page_without_probes_clips_or_curves():
-    reader = read_page(render_page(Report("t", {"stages": {"sft": {"test_s": scores(1.0)}}})))
+    reader = read_page(render_page("t", {"stages": {"sft": {"test_s": scores(1.0)}}}))
     assert not {"article", "img", "script", "form"} & set(reader.tags)
 
 
@@ -161,21 +169,19 @@ def test_without_media_the_evaluations_own_pictures_are_shown(run, tmp_path):
     picture = run / "eval_sft/test_s/pictures/00001.jpg"
     picture.parent.mkdir()
     picture.write_bytes(jpeg(np.full((12, 20, 3), 90, np.uint8)))
-    assert report_command([str(run), "--no-media", "--out", str(tmp_path / "p.html")]) == 0
-    rows = gallery((tmp_path / "p.html").read_text(encoding="utf-8"))["rows"]
+    rows = gallery(report(run, "--no-media", out=tmp_path / "p.html"))["rows"]
     assert [row["row"] for row in rows] == [1]
     assert (tmp_path / unquote(rows[0]["said"]["sft"]["strip"])).resolve() == picture
 
 
 def test_a_limit_spreads_clips_and_a_comparison_can_be_named(run, tmp_path, capsys):
     out = tmp_path / "p.html"
-    arguments = [str(run), "--out", str(out), "--rows", "3", "--compare", "teacher", "sft_zero"]
-    assert report_command([*arguments, "--json", str(tmp_path / "scores.json")]) == 0
+    arguments = ["--rows", "3", "--compare", "teacher", "sft_zero", "--json", tmp_path / "scores.json"]
+    page = report(run, *arguments, out=out)
     printed = capsys.readouterr().out.splitlines()
     assert printed[-1] == str(out) and printed[2].split() == ["teacher", "test_s", "55.00", "65.00", "60.00", "-", "4"]
     written = json.loads((tmp_path / "scores.json").read_text())
     assert written["stages"]["sft"]["mix"]["J&F"] == 60.0 and list(written["probes"]) == ["zero_audio"]
-    page = out.read_text(encoding="utf-8")
     assert [row["split"] for row in gallery(page)["rows"]] == ["test_s", "test_u", "test_n"]
     assert "sft_zero against teacher" in page and "sft against teacher" not in page
 
@@ -196,17 +202,10 @@ def test_what_cannot_be_reported_is_refused_in_words(run, tmp_path, arguments, m
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_the_script_finds_what_it_looks_for(page):
-    found = [attributes.get("id") for _, attributes, _ in read_page(page).elements if attributes.get("id")]
-    assert len(found) == len(set(found))
-    wanted = set(re.findall(r"getElementById\('([^']+)'\)", SCRIPT))
-    assert wanted and wanted <= set(found)
-    fields = {attributes.get("name") for tag, attributes, _ in read_page(page).elements if tag in ("select", "input")}
-    used = set(re.findall(r"form\.elements\.(\w+)", SCRIPT)) | set(re.findall(r"value\('(\w+)'\)", SCRIPT))
-    assert used <= fields and {"run", "beside", "split", "class", "result", "order", "text", "masks"} <= fields
-    tests = SCRIPT[SCRIPT.index("const TESTS") : SCRIPT.index("const change")]
-    assert set(re.findall(r"(\w+): a =>", tests)) == set(RESULTS)
-    assert dict(re.findall(r"(\w+): '(\w+)'", re.search(r"const FIELDS = {(.*?)}", SCRIPT)[1])) == FILTERS
+def offered(page, name):
+    """The values of one of the gallery's drop-down lists."""
+    options = re.search(rf'<select name="{name}">(.*?)</select>', page, re.S)[1]
+    return set(re.findall(r'<option value="([^"]*)"', options)) - {""}
 
 
 def test_every_link_leads_somewhere(page):
@@ -229,21 +228,21 @@ def test_controls_have_names_and_tables_scroll_by_themselves(page):
     assert len(boxes) == reader.tags.count("table") and all(b.get("aria-label") and "tabindex" in b for b in boxes)
 
 
-def test_filters_offer_the_values_that_rows_have(page):
+def test_filters_offer_the_values_that_rows_have_and_the_script_knows(page):
     data = gallery(page)
     assert len(data["rows"]) == len(ROWS)
     for name in ("split", "class"):
-        offered = re.search(rf'<select name="{name}">(.*?)</select>', page, re.S)[1]
-        values = set(re.findall(r'<option value="([^"]*)"', offered)) - {""}
-        assert values == {row[FILTERS[name]] for row in data["rows"] if row[FILTERS[name]]}
+        field = data["fields"][name]
+        assert offered(page, name) == {row[field] for row in data["rows"] if row[field]}
+    tests, orders = (SCRIPT.split(f"const {name} = {{")[1].split("};")[0] for name in ("TESTS", "ORDERS"))
+    assert offered(page, "result") == set(re.findall(r"(\w+): a =>", tests))
+    assert offered(page, "order") == set(re.findall(r"(\w+): \(a, b\)", orders))
 
 
 def test_a_page_of_thousands_of_clips_stays_small(tmp_path):
-    many = 2288  # rows of test_s and test_u in Ref-AVS
-    made = [PredictedRow.from_json({**line(i % 8), "row": i}) for i in range(many)]
-    evaluation = Evaluation("sft", tmp_path, {"test_s": {}}, {row.row: row for row in made})
-    data = gallery_data([evaluation], gallery_rows([evaluation], list(evaluation.rows)))
-    text = render_page(Report("many", {"stages": {}}, gallery=data))
+    data = many_clips(tmp_path)
+    many = len(data["rows"])
+    text = render_page("many", {"stages": {}}, gallery=data)
     assert len(gallery(text)["rows"]) == many and len(data["texts"]) < 40
     assert len(text) < 800 * many and "<article" not in text
 
@@ -311,3 +310,44 @@ def test_tables_align_and_name_protocols():
                           ("official", "per_expression"))
     assert "J&F off" in printed and "S per" in printed and "  visual" in printed
     assert mix_scores(scores(60.0), scores(80.0)) == {"J": 70.0, "F": 72.0, "J&F": 71.0}
+
+
+def record(step: int, row: int, sample: int, **changes: Any) -> dict[str, Any]:
+    masks = np.zeros((3, 12, 16), bool)
+    masks[:, :6] = True
+    return {
+        "step": step, "row": row, "uid": "u", "reference": "the dog", "class_name": "dog", "sample": sample,
+        "answer": "The target is dog. It is [SEG].", "has_seg": True, "tokens": 9, "truncated": False,
+        "rewards": {"format": 1.0, "iou": 0.25}, "reward": 1.25, "advantage": -0.5, "iou": 0.25, "mask_trained": True,
+        "masks": encode_masks(masks), **changes,
+    }  # fmt: skip
+
+
+def write_samples(folder: Path, *records: dict[str, Any]) -> Path:
+    (folder / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return folder
+
+
+def test_groups_of_the_first_and_the_last_step(tmp_path) -> None:
+    greedy = {"step": 1, "row": 0, "uid": "u", "reference": "the dog", "answer": "x", "has_seg": False}
+    rows = [record(step, row, place) for step in (5, 10, 15) for row in range(SAMPLED_GROUPS + 2) for place in range(2)]
+    groups = read_groups(write_samples(tmp_path, greedy, *rows))
+    assert [(g[0]["step"], g[0]["row"], len(g)) for g in groups] == [
+        (step, row, 2) for step in (5, 15) for row in range(SAMPLED_GROUPS)
+    ]
+    assert read_groups(write_samples(tmp_path, greedy)) == [] == read_groups(tmp_path / "nothing")
+
+
+def test_a_broken_line_is_named(tmp_path) -> None:
+    (tmp_path / "samples.jsonl").write_text('{"row": 1}\n', encoding="utf-8")
+    with pytest.raises(DataError, match="samples.jsonl:1.*Remedy"):
+        read_groups(tmp_path)
+
+
+def test_page_shows_rewards_words_and_masks() -> None:
+    cut = record(5, 0, 1, answer=EVIL, reference=EVIL, masks=[], has_seg=False, truncated=True, mask_trained=False)
+    page = render_page("t", {"stages": {}}, samples={"grpo": [[record(5, 0, 0), cut]]})
+    assert "Sampled answers" in page and "grpo, step 5: the dog (dog, row 0)" in page
+    assert page.count('src="data:image/png;base64,') == 1 and "-0.50" in page and "9 (cut)" in page
+    assert "<script>alert" not in page and "<img src=x" not in page
+    assert "Sampled answers" not in render_page("t", {"stages": {}})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,18 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
-from scripts.make_mini_s4 import make_mini_s4
+from dataset.mini.s4 import make_mini_s4
 from scripts.report import main as report_command
-from tests.report_case import group, line, make_world, write_evaluation, write_run
+from tests.report_case import (
+    gallery,
+    group,
+    line,
+    make_world,
+    report,
+    section,
+    write_evaluation,
+    write_run,
+)
 from utils.errors import DataError
 from utils.report.breakdown import compare
 from utils.report.runs import find_evaluations, pairs, run_summary, stage_summary, summary_table
@@ -84,16 +92,13 @@ def test_mining_is_no_evaluation_unless_it_is_named(run: Path) -> None:
 
 
 def test_avsbench_stands_in_a_table_of_its_own(run: Path, tmp_path: Path) -> None:
-    page = tmp_path / "p.html"
-    assert report_command([str(run), "--out", str(page)]) == 0
-    text = page.read_text(encoding="utf-8")
-    table = re.search(r'<h2 id="avsbench">.*?</section>', text, re.S)[0]
+    text = report(run, out=tmp_path / "p.html")
+    table = section(text, "avsbench")
     for wanted in ("synthetic clips", "41.00", "51.00", "42.00", "50.00", "nothing about AVSBench"):
         assert wanted in table, wanted
     assert "AURORA (paper)" not in table and "77.3" not in table
-    assert "41.00" not in re.search(r'<h2 id="stages">.*?</section>', text, re.S)[0]
-    assert "s4 against" not in text and "against s4" not in text
-    data = json.loads(re.search(r'id="gallery">(.*?)</script>', text, re.S)[1])
+    assert "41.00" not in section(text, "stages") and "s4 against" not in text and "against s4" not in text
+    data = gallery(text)
     assert data["runs"] == ["teacher", "sft", "sft_zero", "s4"] and data["run"] == "sft"
     clips = [row for row in data["rows"] if "s4" in row["said"]]
     assert [(row["row"], row["split"], len(row["said"])) for row in clips] == [(2, "test", 1), (3, "test", 1)]
@@ -104,13 +109,17 @@ def test_avsbench_stands_in_a_table_of_its_own(run: Path, tmp_path: Path) -> Non
             assert (tmp_path / unquote(address)).is_file()
 
 
-def test_s4_stands_beside_table_6_of_the_paper(tmp_path: Path) -> None:
+def test_s4_of_real_clips_stands_beside_table_6_and_ms3_has_no_classes(tmp_path: Path) -> None:
     write_s4(tmp_path / "eval_s4", tmp_path, files={"s4_meta_data.csv": "x"})
-    assert report_command([str(tmp_path), "--no-media"]) == 0
-    table = re.search(r'<h2 id="avsbench">.*?</section>', (tmp_path / "report.html").read_text(), re.S)[0]
+    table = section(report(tmp_path, "--no-media", out=tmp_path / "p.html"), "avsbench")
     for wanted in ("AURORA (paper)", "77.3", "86.7", "41.00", "51.00"):
         assert wanted in table, wanted
     assert "synthetic" not in table
+    folder = write_s4(tmp_path / "eval_ms3", tmp_path, "avsbench_ms3")
+    text = report(folder, "--no-media", out=tmp_path / "p.html")
+    assert "protocol ms3" in text and "The paper leaves MS3 out" in text and "CRAB" not in text
+    row = next(iter(find_evaluations(folder)[0].rows.values()))
+    assert row.class_right is None and row.clip == "mini_test0000_0_5000"
 
 
 def test_rows_of_two_benchmarks_are_never_paired(run: Path) -> None:
@@ -120,21 +129,11 @@ def test_rows_of_two_benchmarks_are_never_paired(run: Path) -> None:
         compare(found["sft"], found["s4"])
 
 
-def test_ms3_has_no_classes_to_be_right_about(tmp_path: Path) -> None:
-    write_s4(tmp_path / "eval_ms3", tmp_path, "avsbench_ms3")
-    assert report_command([str(tmp_path / "eval_ms3"), "--no-media", "--out", str(tmp_path / "p.html")]) == 0
-    text = (tmp_path / "p.html").read_text()
-    assert "protocol ms3" in text and "The paper leaves MS3 out" in text and "CRAB" not in text
-    row = next(iter(find_evaluations(tmp_path / "eval_ms3")[0].rows.values()))
-    assert row.class_right is None and row.clip == "mini_test0000_0_5000"
-
-
 def test_a_missing_root_is_named_by_benchmark(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = ["--out", str(tmp_path / "p.html")]
-    assert report_command([str(run), "--data", "avsbench_s4=nowhere", *out]) == 1
+    out = tmp_path / "p.html"
+    assert report_command([str(run), "--data", "avsbench_s4=nowhere", "--out", str(out)]) == 1
     assert "nowhere: none of " in capsys.readouterr().err
-    roots = [f"--data={run.parent / 'data'}", f"--data=avsbench_s4={run.parent / 's4'}"]
-    assert report_command([str(run), "--no-media", *roots, *out]) == 0
+    report(run, "--no-media", f"--data={run.parent / 'data'}", f"--data=avsbench_s4={run.parent / 's4'}", out=out)
 
 
 def test_probes_of_two_stages_do_not_replace_each_other(tmp_path: Path) -> None:
@@ -147,21 +146,17 @@ def test_probes_of_two_stages_do_not_replace_each_other(tmp_path: Path) -> None:
     }  # fmt: skip
     printed = summary_table(summary)
     assert "sft, zero_audio" in printed and "grpo, zero_audio" in printed
-    assert report_command([str(folder), "--no-media", "--out", str(tmp_path / "p.html")]) == 0
-    page = (tmp_path / "p.html").read_text()
+    page = report(folder, "--no-media", out=tmp_path / "p.html")
     assert "Probes of sft by question kind" in page and "Probes of grpo by question kind" in page
 
 
 def test_a_probe_alone_has_its_tables(tmp_path: Path) -> None:
     folder = write_evaluation(tmp_path / "eval_sft_zero", tmp_path, probe="zero_audio")
     summary = run_summary(find_evaluations(folder))
-    (name,) = summary["stages"]
-    assert name.endswith("(zero_audio)") and summary["probes"] == {}
-    assert report_command([str(folder), "--no-media", "--out", str(tmp_path / "p.html")]) == 0
-    page = (tmp_path / "p.html").read_text()
-    stages = re.search(r'id="stages".*?</section>', page, re.S)[0]
-    assert "(zero_audio)" in stages and "55.0" in stages
-    assert "(zero_audio)" in re.search(r'id="breakdown".*?</section>', page, re.S)[0]
+    assert list(summary["stages"]) == ["sft_zero (zero_audio)"] and summary["probes"] == {}
+    page = report(folder, "--no-media", out=tmp_path / "p.html")
+    assert "(zero_audio)" in section(page, "stages") and "55.0" in section(page, "stages")
+    assert "(zero_audio)" in section(page, "breakdown")
 
 
 def test_one_protocol_alone_can_be_reported(tmp_path: Path) -> None:
@@ -171,11 +166,9 @@ def test_one_protocol_alone_can_be_reported(tmp_path: Path) -> None:
         for scores in (metrics["scores"], *metrics["scores"]["kinds"].values()):
             del scores["per_expression"]
         path.write_text(json.dumps({**metrics, "protocols": ["official"]}))
-    found = stage_summary(folder)
-    assert found["mix"] == {"J": 55.0, "F": 65.0, "J&F": 60.0, "per_expression": {}}
-    assert report_command([str(folder), "--no-media", "--out", str(tmp_path / "p.html")]) == 0
-    stages = re.search(r'id="stages".*?</section>', (tmp_path / "p.html").read_text(), re.S)[0]
-    assert "protocol official" in stages and "protocol per_expression" not in stages
+    assert stage_summary(folder)["mix"] == {"J": 55.0, "F": 65.0, "J&F": 60.0, "per_expression": {}}
+    stages = section(report(folder, "--no-media", out=tmp_path / "p.html"), "stages")
+    assert "Protocol official" in stages and "Protocol per_expression" not in stages
 
 
 @pytest.mark.parametrize(

@@ -16,16 +16,12 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from scripts.report import main as report_command
-from tests.report_case import ROWS, line, make_world, write_run
-from utils.report.media import gallery_data, gallery_rows
-from utils.report.page import Report, render_page
-from utils.report.runs import Evaluation, PredictedRow
+from tests.report_case import ROWS, make_world, many_clips, write_run
+from utils.report.page import render_page
 
 pytestmark = pytest.mark.browser
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 420, "height": 900}
-MANY = 2288
-"""Rows of test_s and test_u together with test_n's null rows are of this order in Ref-AVS."""
 CARDS = "#clips article"
 OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 BROKEN = "[...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)"
@@ -172,13 +168,11 @@ def test_addresses_and_links_choose_what_is_shown(report: Path, page: Page) -> N
 
 
 def test_thousands_of_clips_open_as_fast_as_a_few(page: Page, tmp_path: Path) -> None:
-    made = [PredictedRow.from_json({**line(i % 8), "row": i}) for i in range(MANY)]
-    evaluation = Evaluation("sft", tmp_path, {"test_s": {}}, {row.row: row for row in made})
-    data = gallery_data([evaluation], gallery_rows([evaluation], list(evaluation.rows)))
+    data = many_clips(tmp_path)
     for row in data["rows"]:
         row |= {"frames": f"f/{row['row']}.jpg", "truth": f"t/{row['row']}.png", "n": 10, "hw": [48, 64]}
     path = tmp_path / "many.html"
-    path.write_text(render_page(Report("many", {"stages": {}}, gallery=data)), encoding="utf-8")
+    path.write_text(render_page("many", {"stages": {}}, gallery=data), encoding="utf-8")
     page.goto(path.as_uri(), timeout=30_000)  # docs/report.md has what was measured
-    assert page.evaluate("shown.length") == MANY and 0 < page.locator(CARDS).count() <= 40
+    assert page.evaluate("shown.length") == len(data["rows"]) and 0 < page.locator(CARDS).count() <= 40
     assert len(page.requests) < 60

@@ -119,7 +119,7 @@ def test_killed_then_terminated_run_equals_undisturbed_run(tiny: Path, tmp_path:
     status, log, _ = disturb(tiny, broken, 10, terminate_all, *overrides)
     assert status == 0, log
     last = metrics(broken)[-1]["step"]
-    assert "continuing at step" in log and "SIGTERM: saving after this step" in log and "Traceback" not in log
+    assert "continuing at step" in log and "Traceback" not in log
     assert f"stopped by SIGTERM after step {last}" in log and last < STEPS and not (broken / "final").exists()
     assert (broken / "checkpoints" / "latest").read_text() == f"step_{last:06d}"
     done = train(tiny, *overrides, f"output_dir={broken}")
@@ -209,4 +209,4 @@ def test_other_settings_run(tiny: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert len(metrics(tmp_path / "run")) == 2
     names = load_file(tmp_path / "run" / "final" / "adapter_model.safetensors")
-    assert any("seg_row" in name for name in names) and all(value.numel() for value in names.values())
+    assert any("trainable_tokens" in name for name in names) and all(value.numel() for value in names.values())

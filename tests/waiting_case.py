@@ -10,14 +10,15 @@ import time
 from datetime import timedelta
 
 from utils import distributed
+from utils.errors import leave, lost_process
 from utils.log import setup_logging
 
-SLOW = 3.0
-"""Seconds of work of the slow process."""
+LIMIT, SLOW = 4, 6.0
+"""Seconds: the group's limit (the two processes must also find each other within it), work of the slow process."""
 
 
 def main() -> None:
-    distributed.TIMEOUT, distributed.NOTICE = timedelta(seconds=1), 1.0
+    distributed.TIMEOUT, distributed.NOTICE = timedelta(seconds=LIMIT), 1.0
     distributed.start(threads=1)
     setup_logging()
     mine = distributed.rank()
@@ -34,8 +35,8 @@ def main() -> None:
     try:
         distributed.barrier("mining")
     except RuntimeError as error:
-        print("lost" if distributed.lost_process(error) else f"unnamed: {error}", time.monotonic() - start < SLOW)
-    distributed.leave(0)
+        print("lost" if lost_process(error) else f"unnamed: {error}", time.monotonic() - start < SLOW)
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -7,21 +7,18 @@
                                  /trained.json, adapter_model.safetensors: light weights, written after all that
     <run>/checkpoints/latest, best               name of the newest, and of the best by `log.keep_best`
 
-What a run needs to go on is written first and once, into a folder of another name, hashed on its way
-(`utils.manifest`), flushed and then renamed, so a folder `step_*` is complete unless the disk damaged it; a damaged one
-is skipped with a warning. Then follow the light weights, which have a hash of their own, and only then are older
-checkpoints deleted.
+What a run needs to go on is written first, into a folder of another name, flushed, hashed and then renamed, so a folder
+`step_*` is complete unless the disk damaged it; a damaged one is skipped with a warning. Then follow the light weights,
+which have a hash of their own, and only then are older checkpoints deleted.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from itertools import count
@@ -29,20 +26,18 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import Tensor
 
 from configs.schema import RunConfig
 from utils import distributed
 from utils.config import FREE_ON_RESUME, differences, git_state, load_config, save_config
 from utils.ds import deepspeed
-from utils.elastic import load_repartitioned
-from utils.errors import CheckpointError
-from utils.manifest import damage, file_digest, read_manifest, save_hashed
-from utils.seed import rng_state, set_rng_state
-
-__all__ = ["Progress", "checkpoint_to_resume", "claim", "find_checkpoint", "load_checkpoint", "put_aside",
-           "read_manifest", "save_checkpoint", "write_text"]  # fmt: skip
+from utils.errors import AuroraError, CheckpointError, lost_process
+from utils.files import file_digest, lock, write_text
 
 FOLDER = "checkpoints"
+FIELDS = {"step": int, "samples": int, "world_size": int, "trainable": list, "files": dict}
+"""What every manifest holds."""
 _ENGINE = "engine"
 _WRITING = ".writing-"
 _NAME = re.compile("step_[0-9]+")
@@ -90,12 +85,23 @@ def save_checkpoint(
         if distributed.is_main():
             for left in root.glob(f"{_WRITING}*"):  # of attempts that were killed
                 shutil.rmtree(left, ignore_errors=True)
-            writing.mkdir(parents=True)
+            save_config(config, writing)
         distributed.barrier("a folder for the checkpoint")
-        mine = {str(path.relative_to(writing)): facts for path, facts in _write_state(engine, writing).items()}
+        engine.save_checkpoint(str(writing), tag=_ENGINE, save_latest=False, exclude_frozen_parameters=True)
+        torch.save(distributed.rng_state(), writing / f"rank_{distributed.rank()}.pt")
+        # Each process flushes and hashes its share of the files. A shared disk may show another machine's files late,
+        # so what each process sees, its own files at least, is put together.
+        seen = [str(path.relative_to(writing)) for path in writing.rglob("*") if path.is_file()]
+        written = sorted({name for one in distributed.gather(seen, "saving") for name in one})
+        mine = {name: _facts(writing / name) for name in written[distributed.rank() :: distributed.world_size()]}
         files = {name: facts for one in distributed.gather(mine, "saving") for name, facts in one.items()}
         if distributed.is_main():
-            _seal(engine, config, progress, writing, files)
+            trainable = [name for name, p in engine.module.named_parameters() if p.requires_grad]
+            manifest = {**asdict(progress), "world_size": distributed.world_size(), "git": git_state(), "files": files}
+            write_text(writing / "manifest.json", json.dumps({**manifest, "trainable": trainable}, indent=1))
+            shutil.rmtree(final, ignore_errors=True)  # damaged, or the run would have gone on from it
+            writing.rename(final)
+            write_text(root / "latest", final.name)
         distributed.barrier("saving")
         if save_weights is not None:
             save_weights(final)
@@ -104,7 +110,7 @@ def save_checkpoint(
     except (OSError, RuntimeError) as error:
         shutil.rmtree(writing, ignore_errors=True)  # gives its space back
         again = "the run continues from the newest complete checkpoint when started again"
-        if distributed.lost_process(error):
+        if lost_process(error):
             raise CheckpointError(f"{final}: another process was lost meanwhile ({error}); {again}.") from error
         raise CheckpointError(
             f"{final}: could not be written (process {distributed.rank()}: {error}). Remedy: free space or correct the "
@@ -114,42 +120,11 @@ def save_checkpoint(
     return final
 
 
-class _Writer(deepspeed.runtime.checkpoint_engine.TorchCheckpointEngine):
-    """DeepSpeed's own way to write its files, but hashed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.files: dict[Path, list[Any]] = {}
-
-    def save(self, state_dict: Any, path: str) -> None:
-        self.files[Path(path)] = save_hashed(state_dict, Path(path))
-
-
-def _write_state(engine: deepspeed.DeepSpeedEngine, folder: Path) -> dict[Path, list[Any]]:
-    """This process's part of the training state; returns size and hash of its files."""
-    engine.checkpoint_engine, usual = _Writer(), engine.checkpoint_engine
-    try:
-        engine.save_checkpoint(str(folder), tag=_ENGINE, save_latest=False, exclude_frozen_parameters=True)
-        files = engine.checkpoint_engine.files
-    finally:
-        engine.checkpoint_engine = usual
-    path = folder / f"rank_{distributed.rank()}.pt"
-    return {**files, path: save_hashed(rng_state(), path)}
-
-
-def _seal(
-    engine: deepspeed.DeepSpeedEngine, config: RunConfig, progress: Progress, writing: Path, files: dict[str, list[Any]]
-) -> None:
-    """Write what tells whether the folder is whole, and give it its name."""
-    settings = save_config(config, writing)
-    files[settings.name] = [settings.stat().st_size, file_digest(settings)]
-    manifest = {**asdict(progress), "world_size": distributed.world_size(), "git": git_state(), "files": files}
-    manifest["trainable"] = [name for name, p in engine.module.named_parameters() if p.requires_grad]
-    write_text(writing / "manifest.json", json.dumps(manifest, indent=1))
-    final = writing.with_name(writing.name.removeprefix(_WRITING))
-    shutil.rmtree(final, ignore_errors=True)  # damaged, or the run would have gone on from it
-    writing.rename(final)
-    write_text(final.parent / "latest", final.name)
+def _facts(path: Path) -> list[Any]:
+    """Size and SHA-256 of a file that is on the disk afterwards."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return [path.stat().st_size, file_digest(path)]
 
 
 def _prune(root: Path, config: RunConfig) -> None:
@@ -192,6 +167,44 @@ def find_checkpoint(output_dir: str | Path) -> Path | None:
     return distributed.from_main(found, "reading checkpoints")
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint folder.
+
+    Raises:
+        CheckpointError: missing, not JSON, without one of FIELDS, or with a file that has no size and hash.
+    """
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        wrong = [name for name, kind in FIELDS.items() if not isinstance(manifest[name], kind)]
+        wrong += [name for name, facts in manifest["files"].items() if not _is_entry(name, facts)]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not readable ({error!r}). Remedy: use another checkpoint.") from None
+    if wrong or not manifest["files"]:
+        raise CheckpointError(f"{path}: no or wrong entry {wrong[:1] or 'files'}. Remedy: use another checkpoint.")
+    return manifest
+
+
+def _is_entry(name: str, facts: Any) -> bool:
+    """Whether a file of a manifest has a size and a hash, and lies in the folder."""
+    inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+    return inside and isinstance(facts, list) and [type(fact) for fact in facts] == [int, str]
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None."""
+    try:
+        for name, (size, digest) in read_manifest(folder)["files"].items():
+            path = folder / name
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes instead of {size}"
+            if file_digest(path) != digest:
+                return f"{name} has another content than when it was written"
+    except (CheckpointError, OSError, ValueError) as error:  # ValueError: a name with a null character
+        return str(error)
+    return None
+
+
 def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> Progress:
     """Put engine, generators and progress back as `save_checkpoint` found them; all processes call it.
 
@@ -211,9 +224,9 @@ def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> Progress
         engine.load_checkpoint(str(folder), tag=_ENGINE, load_module_strict=False)
     else:
         _log.info("%s: optimiser states are dealt anew; the losses go on, but not equal to the bit", folder)
-        load_repartitioned(engine, folder, _ENGINE, written)
+        _load_repartitioned(engine, folder, written)
     if distributed.rank() < written:  # a process that is new keeps the generators it was seeded with
-        set_rng_state(torch.load(folder / f"rank_{distributed.rank()}.pt", weights_only=True))
+        distributed.set_rng_state(torch.load(folder / f"rank_{distributed.rank()}.pt", weights_only=True))
     distributed.barrier("loading")
     _log.info("continuing at step %d from %s", manifest["step"], folder)
     return Progress(manifest["step"], manifest["samples"])
@@ -262,7 +275,7 @@ def claim(output: Path, patience: float = 20.0) -> IO[str] | None:
 
     Args:
         output: the run's folder.
-        patience: seconds to wait for a process that is about to end (the rest of a run that was killed).
+        patience: see `files.lock`.
 
     Returns:
         What holds it (keep it), on the main process.
@@ -272,37 +285,16 @@ def claim(output: Path, patience: float = 20.0) -> IO[str] | None:
     """
     holder, error = None, None
     if distributed.is_main():
-        path = output.parent / f".{output.name}.lock"  # beside the folder, which may be renamed
         try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            holder = path.open("a+", encoding="utf-8")
-            _lock(holder, patience)
-        except BlockingIOError:
-            holder.seek(0)
-            owner = holder.read().strip()
-            error = f"{output}: process {owner} is writing there. Remedy: wait, stop it, or choose another output_dir."
+            holder = lock(output.parent / f".{output.name}.lock", patience)  # beside the folder, which may be renamed
         except OSError as refused:
             error = f"output_dir = {output}: not writable ({refused}). Remedy: choose another or correct its rights."
-        else:
-            holder.truncate(0)
-            holder.write(str(os.getpid()))
-            holder.flush()
+        except AuroraError as refused:
+            error = f"output_dir = {output}: {refused}"
     error = distributed.from_main(error, "claiming the folder")
     if error:
         raise CheckpointError(error)
     return holder
-
-
-def _lock(file: IO[str], patience: float) -> None:
-    """Raises BlockingIOError when another process still holds the lock after `patience` seconds."""
-    end = time.monotonic() + patience
-    while True:
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.2)
 
 
 def put_aside(output: Path) -> None:
@@ -313,17 +305,75 @@ def put_aside(output: Path) -> None:
     distributed.barrier("renaming the earlier run")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file by temporary name, flush to disk, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-
-
 def _steps(root: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     found = (path for path in root.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir())
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def _load_repartitioned(engine: deepspeed.DeepSpeedEngine, folder: Path, written: int) -> None:
+    """Weights, optimiser and schedule of a checkpoint that `written` processes made; all processes call it.
+
+    DeepSpeed refuses another number of processes for ZeRO 1 and 2 ("automatic adjustment ... not currently supported"),
+    so the partitions that each process wrote (deepspeed/runtime/zero/stage_1_and_2.py, state_dict) are read, joined and
+    dealt anew here. ZeRO 0 keeps its states whole. (Its universal checkpoint needs a conversion of the folder first.)
+
+    Raises:
+        CheckpointError: ZeRO-3, whose partitions of weights are not joined here, or files of a process are missing.
+    """
+    zero = engine.zero_optimization_stage()
+    if zero == 3:
+        raise CheckpointError(
+            f"{folder}: was written by {written} processes under ZeRO-3, this run has {distributed.world_size()}. "
+            f"Remedy: start {written} processes, or start anew from its weights with init_from."
+        )
+    if zero == 0:
+        engine.load_checkpoint(str(folder), tag=_ENGINE, load_module_strict=False)
+        return
+    engine.load_checkpoint(str(folder), tag=_ENGINE, load_module_strict=False, load_module_only=True)
+    whole = _read(folder / _ENGINE / "mp_rank_00_model_states.pt")
+    engine.lr_scheduler.load_state_dict(whole["lr_scheduler"])
+    engine.global_steps, engine.global_samples = whole["global_steps"], whole["global_samples"]
+    pattern = "*zero_pp_rank_{}_mp_rank_00_optim_states.pt"
+    found = [sorted((folder / _ENGINE).glob(pattern.format(rank))) for rank in range(written)]
+    if not all(found):
+        raise CheckpointError(
+            f"{folder}: the optimiser states of process {found.index([])} are missing. Remedy: use another checkpoint."
+        )
+    _deal(engine.optimizer, [_read(paths[0])["optimizer_state_dict"] for paths in found])
+
+
+def _deal(optimizer: Any, states: list[dict[str, Any]]) -> None:
+    """Give this process its part of the float32 master weights and of AdamW's moments."""
+    base = optimizer.optimizer
+    for number, group in enumerate(base.param_groups):
+        # the schedule changes the rate after a step only, so the rate of the next one comes from here
+        saved = states[0]["base_optimizer_state"]["param_groups"][number]
+        group.update({name: value for name, value in saved.items() if name != "params"})
+        masters = [state["single_partition_of_fp32_groups"][number] for state in states]
+        moments = [state["base_optimizer_state"]["state"][number] for state in states]
+        own = optimizer.single_partition_of_fp32_groups[number]
+        own.data.copy_(_part(optimizer, masters, number))
+        kept: dict[str, Tensor] = {}
+        for name, value in moments[0].items():
+            if isinstance(value, Tensor) and value.dim():
+                # a moment is written with its padding, the masters without: the masters tell the true length
+                pieces = [m[name][: len(master)] for m, master in zip(moments, masters, strict=True)]
+                kept[name] = _part(optimizer, pieces, number).to(own.device, copy=True)
+            else:
+                kept[name] = value
+        base.state[group["params"][0]] = kept
+
+
+def _part(optimizer: Any, pieces: list[Tensor], group: int) -> Tensor:
+    """This process's share of a group whose parts lie one after the other in `pieces`."""
+    processes = optimizer.real_dp_process_group[group]
+    world = torch.distributed.get_world_size(processes)
+    aligned = optimizer.nccl_start_alignment_factor * world
+    flat = optimizer.flatten_dense_tensors_aligned([piece.reshape(-1) for piece in pieces], aligned)
+    return optimizer.get_data_parallel_partitions(flat, group)[torch.distributed.get_rank(processes)]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    # DeepSpeed's own files, whose hashes the manifest has just confirmed; they hold its settings beside tensors
+    return torch.load(path, map_location="cpu", weights_only=False)

@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 
 from configs.schema import RunConfig
 from utils.errors import ConfigError, Problem
+from utils.files import write_text
 
 FREE_ON_RESUME = ("optim.steps", "optim.decay_steps", "log.", "eval.", "watch.", "output_dir", "engine.threads",
                   "data.num_workers", "model.attention")  # fmt: skip
@@ -103,13 +104,10 @@ def check_paths(config: RunConfig) -> None:
 
 
 def save_config(config: RunConfig, folder: str | Path) -> Path:
-    """Write `config.yaml` (loads back as it is, the git state in its first line) by temporary name and rename."""
+    """Write `config.yaml` (loads back as it is, the git state in its first line), whole or not at all."""
     target = Path(folder) / "config.yaml"
-    target.parent.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.write_text(f"# code: git {git_state()}\n{text}", encoding="utf-8")
-    temporary.replace(target)
+    write_text(target, f"# code: git {git_state()}\n{text}")
     return target
 
 

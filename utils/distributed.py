@@ -1,24 +1,26 @@
-"""Processes of a run: start, exchange of small values, orderly end; under `deepspeed`, `torchrun` or plain python."""
+"""Processes of a run, under `deepspeed`, `torchrun` or plain python: start, exchange of small values, stop, seeds."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import multiprocessing
 import os
+import random
+import shlex
+import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from utils.ds import deepspeed
-from utils.parent import end_with_launcher
 
 T = TypeVar("T")
 
@@ -28,10 +30,9 @@ UNLIMITED = timedelta(days=365)
 """Of the waits after unequal work (evaluation, mining, saving): gloo has no word for "no limit"."""
 NOTICE = 60.0
 """Seconds of waiting after which a process says for whom, and again every so often."""
-LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "remote process",
-        "Socket Timeout", "Timed out waiting", "NCCL communicator was aborted", "failed to recv, got 0 bytes",
-        "failed to connect")  # fmt: skip
-"""What gloo, NCCL and the store say when another process is gone."""
+LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
+"""Variables that torchrun and DeepSpeed's launcher set for the processes that they start."""
+_log = logging.getLogger("aurora.distributed")
 
 
 def start(threads: int | None = None) -> torch.device:
@@ -40,7 +41,6 @@ def start(threads: int | None = None) -> torch.device:
     Args:
         threads: CPU threads of this process; None = cores / processes on this machine.
     """
-    end_with_launcher()
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
@@ -99,7 +99,6 @@ class _Patient:
 
 
 _patient: _Patient | None = None
-_log = logging.getLogger("aurora.distributed")
 
 
 def rank() -> int:
@@ -115,11 +114,6 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this process writes files and prints."""
     return rank() == 0
-
-
-def several() -> bool:
-    """Whether this process is one of several, also before they have met and after they have parted."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def barrier(work: str) -> None:
@@ -143,15 +137,6 @@ def gather(value: T, work: str = "a step") -> list[T]:
     return values
 
 
-def all_true(flag: bool) -> bool:
-    """Whether `flag` is True in every process; cheap enough for every token that is drawn."""
-    if world_size() == 1:
-        return flag
-    votes = torch.tensor(int(flag), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(votes, dist.ReduceOp.MIN)
-    return bool(votes)
-
-
 def from_main(value: T, work: str) -> T:
     """The main process's `value` on every process; waits as `barrier`."""
     box: list[Any] = [value]
@@ -161,9 +146,13 @@ def from_main(value: T, work: str) -> T:
     return box[0]
 
 
-def lost_process(error: BaseException) -> bool:
-    """Whether an error of an exchange means that another process is gone."""
-    return several() and isinstance(error, RuntimeError) and any(text in str(error) for text in LOST)
+def all_true(flag: bool) -> bool:
+    """Whether `flag` is True in every process; cheap enough for every token that is drawn."""
+    if world_size() == 1:
+        return flag
+    votes = torch.tensor(int(flag), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(votes, dist.ReduceOp.MIN)
+    return bool(votes)
 
 
 def stop() -> None:
@@ -177,16 +166,74 @@ def stop() -> None:
     sys.stderr.flush()
 
 
-def leave(status: int) -> None:
-    """End this process at once, whatever its threads are doing, and its decoding processes."""
-    try:
-        for child in multiprocessing.active_children():
-            child.kill()
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):  # a file on a full disk
-                stream.flush()
-    finally:
-        os._exit(status)
+class StopSignal:
+    """Notes SIGTERM, as a scheduler sends it before it takes a machine: the step is finished and saved, the run ends.
+
+    A launcher that was killed counts as a signal too, for the processes that it started would train on, unseen.
+
+    Args:
+        grace_seconds: from the signal to the end: Linux ends a run that has not been saved by then (SIGALRM), and it
+            continues later from the checkpoint before.
+    """
+
+    def __init__(self, grace_seconds: float) -> None:
+        self.grace_seconds, self.asked, self.launcher = grace_seconds, False, os.getppid()
+        self.launched = any(name in os.environ for name in LAUNCHERS)
+        self._before = None
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._note)
+
+    def requested(self) -> bool:
+        """Whether any process is to stop; all processes call it, so that all stop after the same step."""
+        orphaned = self.launched and os.getppid() != self.launcher
+        return not all_true(not (self.asked or orphaned))
+
+    def close(self) -> None:
+        """Put the earlier handler back."""
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _note(self, *_: object) -> None:
+        if not self.asked:  # SIGALRM has no handler of Python's, which would wait for a collective to return
+            signal.setitimer(signal.ITIMER_REAL, self.grace_seconds)
+        self.asked = True
+
+
+def seed_everything(seed: int, number: int = 0) -> None:
+    """Seed python, numpy and torch (all devices); each process draws its own numbers by its `number`."""
+    random.seed(seed + number)
+    np.random.seed((seed + number) % 2**32)
+    torch.manual_seed(seed + number)
+
+
+def rng_state() -> dict[str, Any]:
+    """State of every generator, as plain values and tensors (loads with `torch.load(weights_only=True)`)."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put back what `rng_state` gave. A CUDA state is skipped on a machine without CUDA, and the other way round."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def memory_advice(config: str, overrides: Sequence[str]) -> str:
+    """The command that says what fills the GPU of this run, and the cheapest change; nothing is planned in the run."""
+    card = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 48.0
+    options = ["--gpus", os.environ.get("WORLD_SIZE", "1"), "--gpu-gb", f"{card:.1f}", "--exhausted"]
+    command = ["python", "scripts/plan_memory.py", *options, "--config", config, *overrides]
+    return f"Remedy: the cheapest change, which this command names: {shlex.join(command)}."
 
 
 def _free_port() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -21,8 +20,6 @@ RATE = 10
 """Pictures per second of an mp4; each frame is repeated, as many players stumble over one a second."""
 _GAP = 3
 """White pixels between the frames of a strip."""
-_SOUND_BLOCK = 1024
-"""Samples per packet of AAC."""
 
 
 def overlay(frame: np.ndarray, mask: np.ndarray, colour: Colour, alpha: float = 0.45) -> np.ndarray:
@@ -64,11 +61,22 @@ def strip(
     if frames.shape[1:3] != truth.shape[1:]:
         frames = np.stack([cv2.resize(frame, truth.shape[:0:-1]) for frame in frames])
     rows = [
-        [_shrink(frames[t], max_width) for t in chosen],
-        [_shrink(_spotlight(frames[t], truth[t], TRUTH), max_width) for t in chosen],
-        [_shrink(_spotlight(frames[t], prediction[t], PREDICTION), max_width) for t in chosen],
+        [frames[t] for t in chosen],
+        [_spotlight(frames[t], truth[t], TRUTH) for t in chosen],
+        [_spotlight(frames[t], prediction[t], PREDICTION) for t in chosen],
     ]
-    return _stack([_stack(row, axis=1) for row in rows], axis=0)
+    gap = ((0, _GAP), (0, _GAP), (0, 0))
+    padded = [[np.pad(shrink(image, max_width), gap, constant_values=255) for image in row] for row in rows]
+    return np.vstack([np.hstack(row) for row in padded])[:-_GAP, :-_GAP]
+
+
+def shrink(image: np.ndarray, max_width: int) -> np.ndarray:
+    """uint8 [H,W,C], with its proportions in at most `max_width` pixels; smaller ones as they are."""
+    height, width = image.shape[:2]
+    if width <= max_width:
+        return image
+    size = (max_width, max(1, round(height * max_width / width)))
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA).reshape(size[1], size[0], -1)
 
 
 def jpeg(image: np.ndarray, quality: int = 85) -> bytes:
@@ -112,11 +120,10 @@ def write_mp4(path: Path, frames: np.ndarray, seconds: float, sound: np.ndarray 
             container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(video.encode())
         if voice is not None:
-            for start in range(0, len(sound), _SOUND_BLOCK):
-                block = np.clip(sound[None, start : start + _SOUND_BLOCK], -1, 1).astype(np.float32)
-                frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(block), format="fltp", layout="mono")
-                frame.sample_rate, frame.pts, frame.time_base = sample_rate, start, Fraction(1, sample_rate)
-                container.mux(voice.encode(frame))
+            wave = np.ascontiguousarray(np.clip(sound[None], -1, 1), np.float32)
+            frame = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
+            frame.sample_rate = sample_rate
+            container.mux(voice.encode(frame))
             container.mux(voice.encode())
 
 
@@ -139,18 +146,3 @@ def _save_pngs(folder: Path, images: np.ndarray) -> None:
 def _spotlight(frame: np.ndarray, mask: np.ndarray, colour: Colour) -> np.ndarray:
     """`overlay` with the rest of the frame dimmed, so that masks stand out on any colour."""
     return overlay(np.where(mask[..., None], frame, frame // 2), mask, colour)
-
-
-def _shrink(image: np.ndarray, max_width: int) -> np.ndarray:
-    height, width = image.shape[:2]
-    if width <= max_width:
-        return image
-    return cv2.resize(image, (max_width, max(1, round(height * max_width / width))), interpolation=cv2.INTER_AREA)
-
-
-def _stack(images: list[np.ndarray], axis: int) -> np.ndarray:
-    """Images side by side (axis 1) or below each other (axis 0) with white gaps."""
-    shape = list(images[0].shape)
-    shape[axis] = _GAP
-    gap = np.full(shape, 255, np.uint8)
-    return np.concatenate([part for image in images for part in (image, gap)][:-1], axis=axis)

@@ -30,9 +30,9 @@ warnings.filterwarnings(
 def _spare_shm_build() -> None:
     """Tell DeepSpeed not to build its shared-memory all-reduce, which serves tensor-parallel inference alone.
 
-    It would compile it at the first start on a CPU: half a minute, and a failure where no C++ compiler is installed.
-    DeepSpeed has no setting for that, so this is the one place that touches a private name of another package. Where
-    the name is gone, DeepSpeed builds again, and tests/test_public_names.py says so.
+    It would compile it at the first start on a CPU: half a minute, and a failure without a C++ compiler. There is no
+    setting for that, so this is the one place that touches a private name of another package. Where the name is gone,
+    DeepSpeed builds again, and tests/test_public_names.py says so.
     """
     with contextlib.suppress(AttributeError):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -119,13 +119,18 @@ def evaluation_facts(config: RunConfig, stage: str, checkpoint: Path, table: Pat
     tables = [path for path in Path(config.data.root).iterdir() if path.is_file()]
     if table is not None and table not in tables:
         tables.append(table)
+    sam = Path(config.model.sam_checkpoint)
+    files = _described([*base, *([] if sam.is_dir() else [sam]), *tables])
+    if sam.is_dir():  # its files have the names of the base's
+        inside = _described(path for path in sam.iterdir() if path.is_file())
+        files |= {f"{sam.name}/{name}": digest for name, digest in inside.items()}
     return {
         "checkpoint": str(checkpoint),
         "checkpoint_sha256": hash_files([checkpoint / "trained.json"]),
         "stage": stage,
         "answers": "given" if stage == "teacher" else "generated",
         "probe": config.eval.probe,
-        "files": _described([*base, Path(config.model.sam_checkpoint), *tables]),
+        "files": files,
         "git": git_state(),
         "config": config.model_dump(
             mode="json",

@@ -12,49 +12,36 @@ from utils.errors import NonFiniteError
 from utils.types import Batch, StepLoss
 
 
-def named(samples: Iterable[tuple[str, int]]) -> str:
-    """(uid, row) pairs in words."""
-    return ", ".join(f"{uid} (row {row})" for uid, row in samples)
-
-
 def check_finite(loss: StepLoss, step: int, batch: Batch) -> None:
-    """Stop on a loss that is NaN or infinite.
-
-    Args:
-        loss: of one micro-batch.
-        step: number of the optimiser step it belongs to, from 1.
-        batch: its samples, for the message.
+    """Stop on the loss of a micro-batch that is NaN or infinite; `step` counts from 1.
 
     Raises:
         NonFiniteError: with the step, the samples and the parts of the loss.
     """
-    if bool(loss.total.isfinite()):
-        return
-    parts = ", ".join(f"{name} {float(value):.4g}" for name, value in loss.parts.items())
-    samples = named((sample.uid, sample.row) for sample in batch.samples)
-    raise NonFiniteError(
-        f"optimiser step {step}: the loss is {float(loss.total)} ({parts}) on {samples}. Remedy: look at these "
-        "samples, lower optim.lr, or set engine.precision to fp32; the last checkpoint is intact."
-    )
+    if not bool(loss.total.isfinite()):
+        parts = ", ".join(f"{name} {float(value):.4g}" for name, value in loss.parts.items())
+        samples = _named((sample.uid, sample.row) for sample in batch.samples)
+        raise NonFiniteError(
+            f"optimiser step {step}: the loss is {float(loss.total)} ({parts}) on {samples}. Remedy: look at these "
+            "samples, lower optim.lr, or set engine.precision to fp32; the last checkpoint is intact."
+        )
 
 
 def check_norm(norm: float, step: int, samples: Iterable[tuple[str, int]]) -> None:
-    """Stop on a gradient norm that is NaN or infinite.
-
-    Args:
-        norm: of the whole optimiser step, before clipping.
-        step: from 1.
-        samples: (uid, row) of what this process trained on in that step, for the message.
+    """Stop on the gradient norm of step `step` (from 1) that is NaN or infinite.
 
     Raises:
-        NonFiniteError: with the step and the samples.
+        NonFiniteError: with the step and the (uid, row) of what this process trained on in it.
     """
-    if math.isfinite(norm):
-        return
-    raise NonFiniteError(
-        f"optimiser step {step}: the gradient norm is {norm}; this process trained on {named(samples)}. Remedy: lower "
-        "optim.lr, or set engine.precision to fp32; the last checkpoint is intact."
-    )
+    if not math.isfinite(norm):
+        raise NonFiniteError(
+            f"optimiser step {step}: the gradient norm is {norm}; this process trained on {_named(samples)}. Remedy: "
+            "lower optim.lr, or set engine.precision to fp32; the last checkpoint is intact."
+        )
+
+
+def _named(samples: Iterable[tuple[str, int]]) -> str:
+    return ", ".join(f"{uid} (row {row})" for uid, row in samples)
 
 
 def check_logits(logits: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What a run says while it trains: metrics.jsonl, TensorBoard scalars, a progress bar."""
+"""What a run says while it trains: metrics.jsonl, TensorBoard scalars, a progress bar, warnings of what goes wrong."""
 
 from __future__ import annotations
 
@@ -6,20 +6,34 @@ import json
 import logging
 import math
 import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
-from configs.schema import RunConfig
+from configs.schema import RunConfig, WatchConfig
 from utils import distributed
-from utils.checkpoint import write_text
 from utils.errors import tell
+from utils.files import write_text
 from utils.guards import check_norm
 from utils.progress import Progress
 from utils.types import Batch, Generation
-from utils.watch import Watch
+
+REMEDIES = {
+    "repeated": "look at samples.jsonl; raise grpo.temperature or grpo.beta, or lower optim.lr",
+    "seg": "lower optim.lr, raise loss.ce or the format reward; start again from the last good checkpoint",
+    "reward": "lower optim.lr, set grpo.beta above 0; start again from the best checkpoint (log.keep_best=reward_all)",
+    "cut": "set grpo.max_new_tokens to {tokens} (cut answers have no ending and no [SEG])",
+    "entropy": "raise grpo.temperature, grpo.clip_eps_high or grpo.beta, or lower optim.lr",
+}
+LARGEST_CUT = 0.2
+"""Share of cut answers in a first step from which the length limit is called too low."""
+_log = logging.getLogger("aurora.log")
 
 
 def setup_logging() -> logging.Logger:
@@ -71,23 +85,66 @@ class Means:
         return {name: sum(s for s, _ in pairs) / sum(n for _, n in pairs) for name, pairs in found.items()}
 
 
-class Recent:
-    """Means of the rows of metrics since the checkpoint before."""
+class Watch:
+    """Looks at what a run says and logs, and warns once of each thing until it is over.
 
-    def __init__(self) -> None:
-        self._rows: list[dict[str, float]] = []
+    Args:
+        config: thresholds.
+        max_new_tokens: longest answer that training draws, in tokens.
+    """
 
-    def add(self, row: dict[str, float]) -> dict[str, float]:
-        """Keep a row; returns it."""
-        self._rows.append(row)
-        return row
+    def __init__(self, config: WatchConfig, max_new_tokens: int = 0) -> None:
+        self.config, self._longest, self._first, self._best = config, max_new_tokens, True, 0.0
+        self._last: dict[str, deque[Any]] = defaultdict(lambda: deque(maxlen=config.window))
+        """What the judgements rest on: (answer, whether it holds [SEG]), rewards, entropies."""
+        self._warned: set[str] = set()
 
-    def take(self) -> dict[str, float]:
-        """The means, each over the rows that have it; forgets the rows."""
-        names = dict.fromkeys(name for row in self._rows for name in row)
-        found = {name: [row[name] for row in self._rows if name in row] for name in names}
-        self._rows = []
-        return {name: sum(values) / len(values) for name, values in found.items()}
+    def answers(self, step: int, texts: Sequence[str], has_seg: Sequence[bool]) -> list[str]:
+        """Judge the model's own answers; returns (and logs) new warnings."""
+        last, c = self._last["answers"], self.config
+        last.extend(zip(texts, has_seg, strict=True))
+        if len(last) < c.window:
+            return []
+        (text, count), size = Counter(text for text, _ in last).most_common(1)[0], len(last)
+        with_seg = sum(seg for _, seg in last)
+        same = f"step {step}: {count} of the last {size} answers are the same: {text[:80]!r}"
+        few = f"step {step}: only {with_seg} of the last {size} answers hold [SEG]"
+        repeated, missing = count / size >= c.repeated_share, with_seg / size < c.seg_share
+        return [*self._judge("repeated", repeated, same), *self._judge("seg", missing, few)]
+
+    def metrics(self, step: int, values: dict[str, float]) -> list[str]:
+        """Judge a row of metrics (truncated_share, reward_all, entropy: stage grpo); as `answers` otherwise."""
+        found = []
+        if "truncated_share" in values and self._first:
+            self._first, share = False, values["truncated_share"]
+            text = f"step {step}: {share:.0%} of the answers were cut at grpo.max_new_tokens = {self._longest}"
+            found += self._judge("cut", share > LARGEST_CUT, text)
+        means = {}
+        for name in ("reward_all", "entropy"):
+            if name in values:
+                self._last[name].append(values[name])
+                if len(self._last[name]) == self.config.window:
+                    means[name] = fmean(self._last[name])
+        if "reward_all" in means:
+            mean = means["reward_all"]
+            self._best = max(self._best, mean)
+            text = f"step {step}: mean reward {mean:.3f}, it was {self._best:.3f}"
+            found += self._judge("reward", mean < self.config.reward_drop * self._best, text)
+        if "entropy" in means:
+            text = f"step {step}: mean entropy of a token {means['entropy']:.4f} nat"
+            found += self._judge("entropy", means["entropy"] < self.config.entropy_floor, text)
+        return found
+
+    def _judge(self, name: str, wrong: bool, text: str) -> list[str]:
+        if not wrong:
+            self._warned.discard(name)
+            return []
+        if name in self._warned:
+            return []
+        self._warned.add(name)
+        message = f"{text}. Remedy: {REMEDIES[name].format(tokens=2 * self._longest)}."
+        _log.warning(message)
+        return [message]
 
 
 class RunLog:
@@ -101,7 +158,9 @@ class RunLog:
 
     def __init__(self, folder: str | Path, config: RunConfig, done: int = 0) -> None:
         self.folder, self.every = Path(folder), config.log.every
-        self._means, self._recent = Means(), Recent()
+        self._means = Means()
+        self._rows: list[dict[str, float]] = []
+        """Rows of metrics since the checkpoint before."""
         self._watch = Watch(config.watch, config.grpo.max_new_tokens)
         self._samples: list[tuple[str, int]] = []
         self._drawn: list[Generation] = []
@@ -115,11 +174,8 @@ class RunLog:
         for name in ("metrics.jsonl", "samples.jsonl"):
             _keep_rows(self.folder / name, done)
         self._metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = None
-        if config.log.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
-            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done + 1)
+        board = str(self.folder / "tensorboard")
+        self._board = SummaryWriter(board, purge_step=done + 1) if config.log.tensorboard else None
         self._progress = Progress(self.folder.name, config.optim.steps, "steps", done)
 
     def add(self, parts: dict[str, Tensor], batch: Batch, answers: Generation | None = None) -> None:
@@ -144,13 +200,17 @@ class RunLog:
             self._watch.answers(step, answers.texts, answers.has_seg.tolist())
         self._draws, self._drawn = self._draws or bool(self._drawn), []
         if step % self.every == 0:
-            row = self._recent.add({**self._means.reduce(), "lr": rate, "grad_norm": norm})
+            row = {**self._means.reduce(), "lr": rate, "grad_norm": norm}
+            self._rows.append(row)
             self.metrics(step, row)
             self._watch.metrics(step, row)
 
     def means_since_save(self) -> dict[str, float]:
         """Means of the rows since the last call: the best checkpoint is chosen by one of them."""
-        return self._recent.take()
+        names = dict.fromkeys(name for row in self._rows for name in row)
+        means = {name: fmean(row[name] for row in self._rows if name in row) for name in names}
+        self._rows = []
+        return means
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Write one row; seconds per step since the row before are added.

@@ -27,7 +27,7 @@ def _line(method: str, group: str, *values: float) -> Published:
     return Published(method, group, dict(zip(SPLITS, triples, strict=False)))
 
 
-_AUDIO, _VISUAL = "audio-based", "visual-based"
+_AUDIO, _VISUAL, _ABLATION = "audio-based", "visual-based", "ablation"
 TABLE_1 = (
     _line("AVSBench (Zhou et al. 2022)", _AUDIO, 23.2, 51.1, 37.2, 32.4, 54.7, 43.5, 27.8, 52.9, 40.3),
     _line("AVSegFormer (Gao et al. 2024)", _AUDIO, 33.5, 47.0, 40.2, 36.1, 50.1, 43.1, 34.8, 48.6, 41.7),
@@ -54,13 +54,11 @@ STAGES = {
 """Our stage (or `plain`: stage sft with data.answer plain) -> what the paper's ablations report after it."""
 
 
-
 def _same(method: str, stage: str) -> Published:
     """A line that repeats the scores of a stage."""
     return Published(method, _ABLATION, STAGES[stage].scores)
 
 
-_ABLATION = "ablation"
 ABLATIONS: dict[int, tuple[Published, ...]] = {
     2: (
         _line("w/o MLLM", _ABLATION, 39.2, 48.7, 44.0, 34.0, 46.3, 40.2),

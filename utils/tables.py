@@ -30,31 +30,24 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
-def score_cells(scores: Mapping[str, Any], protocols: Sequence[str]) -> list[Cell]:
-    """The cells of one group of rows in the order of `score_header`."""
-    cells: list[Cell] = [scores["n"]]
-    for protocol in protocols:
-        cells += [scores[protocol].get(name) for name in ("J", "F", "J&F", "S")]
-    return [*cells, scores["class_accuracy"], scores["format_share"], scores["faithful"]]
-
-
-def score_header(first: str, protocols: Sequence[str]) -> list[str]:
-    """Column titles; with several protocols each title names its own."""
-    short = {protocol: "" if len(protocols) == 1 else f" {protocol[:3]}" for protocol in protocols}
-    names = [f"{name}{short[protocol]}" for protocol in protocols for name in ("J", "F", "J&F", "S")]
-    return [first, "n", *names, "class", "format", "faithful"]
-
-
 def split_table(splits: Mapping[str, Mapping[str, Any]], protocols: Sequence[str]) -> str:
-    """One line per split, and under it one per question kind where kinds are known; all scores in percent."""
+    """One line per split, and under it one per question kind where kinds are known; all scores in percent.
+
+    Args:
+        splits: name -> `scoring.score_split`.
+        protocols: whose scores are shown; with several, each title names its own.
+    """
+    short = {protocol: "" if len(protocols) == 1 else f" {protocol[:3]}" for protocol in protocols}
+    titles = [f"{name}{short[protocol]}" for protocol in protocols for name in ("J", "F", "J&F", "S")]
     rows: list[list[Cell]] = []
-    for name, scores in splits.items():
-        rows.append([name, *score_cells(scores, protocols)])
+    for split, scores in splits.items():
         kinds = scores["kinds"] if len(scores["kinds"]) > 1 else {}
-        rows += [[f"  {kind}", *score_cells(group, protocols)] for kind, group in kinds.items()]
-    return format_table(score_header("split", protocols), rows)
+        for name, group in {split: scores, **{f"  {kind}": group for kind, group in kinds.items()}}.items():
+            cells = [group[protocol].get(score) for protocol in protocols for score in ("J", "F", "J&F", "S")]
+            rows.append([name, group["n"], *cells, group["class_accuracy"], group["format_share"], group["faithful"]])
+    return format_table(["split", "n", *titles, "class", "format", "faithful"], rows)
 
 
 def mix_scores(seen: Mapping[str, Any], unseen: Mapping[str, Any]) -> dict[str, float]:
-    """The paper's "Mix (S+U)": the unweighted mean of test_s and test_u (Table 1)."""
-    return {name: (seen[name] + unseen[name]) / 2 for name in ("J", "F", "J&F")}
+    """The paper's "Mix (S+U)": the unweighted mean of test_s and test_u (Table 1), of the scores that both have."""
+    return {name: (seen[name] + unseen[name]) / 2 for name in ("J", "F", "J&F") if name in seen and name in unseen}

@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 
 from dataset.annotate.backends import Request
 from dataset.annotate.gates import Gate, GateResult, refused, tidy
-from dataset.cot import MAX_CHARACTERS
-from dataset.reflective import without_seg
+from dataset.records import MAX_CHARACTERS, without_seg
 from utils.answers import parse_answer
 
 _FIRST = re.compile(r"\(\s*1\s*\)\s*(?:the original\b[^:\n]{0,40}:)?", re.IGNORECASE)
@@ -31,11 +30,6 @@ class Correction:
     """Likewise of `corrected`."""
     edit_ratio: float
     """Words changed, added or deleted over the longer path's words, in [0, 1]."""
-
-
-def is_right(text: str) -> bool:
-    """Whether the verdict is "right": the path needs no correction."""
-    return _RIGHT.match(text) is not None
 
 
 def split_parts(text: str) -> tuple[str, str] | None:
@@ -62,25 +56,18 @@ def unmark(text: str, own: tuple[str, ...] = ()) -> tuple[str, tuple[tuple[int, 
     Raises:
         ValueError: a mark is not closed.
     """
-    pieces, spans, end, length = [], [], 0, 0
+    plain, outside, spans, end = "", "", [], 0
     for match in _MARKED.finditer(text):
-        inner = match[1] if match[1] is not None else match[2]
-        if _QUOTES.search(text[end : match.start()]):
-            break
-        before = text[end : match.start()]
-        pieces.append(before)
-        length += len(before)
+        before, inner = text[end : match.start()], match[1] if match[1] is not None else match[2]
+        plain, outside, end = plain + before, outside + before, match.end()
         if inner in own:
             inner = match[0]
         elif inner:
-            spans.append((length, length + len(inner)))
-        pieces.append(inner)
-        length += len(inner)
-        end = match.end()
-    if _QUOTES.search(text[end:]):
+            spans.append((len(plain), len(plain) + len(inner)))
+        plain += inner
+    if _QUOTES.search(outside + text[end:]):
         raise ValueError("a mark is not closed")
-    pieces.append(text[end:])
-    return "".join(pieces), tuple(spans)
+    return plain + text[end:], tuple(spans)
 
 
 def edit_ratio(a: str, b: str) -> float:
@@ -107,12 +94,12 @@ def parse_correction(text: str, wrong: str) -> Correction | None:
         return None
     wrong = without_seg(wrong)
     own = tuple(curly or straight for curly, straight in _MARKED.findall(wrong))
-    marked = [unmark(" ".join(part.split()), own) for part in parts]
-    corrected = without_seg(tidy(marked[1][0], "fixed"))
+    (first, first_spans), (second, second_spans) = (unmark(" ".join(part.split()), own) for part in parts)
+    corrected = without_seg(tidy(second, "fixed"))
     # a span holds for the final text too where both are equal up to its end
-    kept = (tuple(span for span in spans if text[: span[1]] == final[: span[1]])
-            for (text, spans), final in zip(marked, (wrong, corrected), strict=True))  # fmt: skip
-    return Correction(wrong, corrected, *kept, edit_ratio(wrong, corrected))
+    wrong_spans = tuple(span for span in first_spans if first[: span[1]] == wrong[: span[1]])
+    corrected_spans = tuple(span for span in second_spans if second[: span[1]] == corrected[: span[1]])
+    return Correction(wrong, corrected, wrong_spans, corrected_spans, edit_ratio(wrong, corrected))
 
 
 def correction_gate(max_ratio: float) -> Gate:
@@ -126,7 +113,7 @@ def correction_gate(max_ratio: float) -> Gate:
         target = request.row.class_name
         if not reply.strip():
             return refused("empty")
-        if is_right(reply):
+        if _RIGHT.match(reply):
             # a mined path names another class than the true one, so "right" contradicts the data: kept apart
             return GateResult("right", {"wrong": without_seg(request.wrong), "target": target})
         try:

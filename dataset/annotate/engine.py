@@ -23,7 +23,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, TypeVar
 
 import soundfile
 
@@ -44,6 +44,7 @@ SAMPLE = 50
 """Requests whose input tokens are measured for an estimate."""
 STATUSES = ("accepted", "right", "refused", "blocked")
 """Of a settled row."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -288,15 +289,19 @@ def annotate(
     if options.backend != "mini" and not options.send:
         print(f"{estimate(requests, options)}\nnothing was sent; add --send to send clips and prompts to the service")
         return 0
-    backend = _backend(options, task, settings.get("style", "flexible"))
     mini = {"mistakes": options.mistakes, "seed": options.seed} if options.backend == "mini" else {}
+    if mini:
+        backend = MiniBackend(task, settings.get("style", "flexible"), **mini)
+    else:
+        kind = backends.OpenAIBackend if options.backend == "openai" else backends.GeminiBackend
+        backend = kind(_chosen(backends.Service, options))
     settings |= {"backend": options.backend, "model": options.model, "task": task, **mini,
                  "prompt_sha256": hashlib.sha256(template.encode()).hexdigest()[:16]}  # fmt: skip
     with lock(options.out.with_name(f"{options.out.name}.parts") / ".lock0", patience=5):
         files = RunFiles(options.out, settings)
         settled = files.settled(options.again)
         waiting = [request for request in requests if request.row.row not in settled]
-        engine = Engine(backend, gate, _limits(options), files)
+        engine = Engine(backend, gate, _chosen(Limits, options), files)
         engine.run(waiting, done=len(requests) - len(waiting))
         report = files.publish([request.row.row for request in requests], engine.unanswered)
     counts = ", ".join(f"{report[status]} {status}" for status in (*STATUSES, "open"))
@@ -316,17 +321,10 @@ def estimate(requests: Sequence[Request], options: argparse.Namespace) -> str:
     rows = len(requests)
     sample = random.Random(0).sample(list(requests), min(SAMPLE, rows))
     each = round(mean(map(tokens_in, sample))) if sample else 0
-    price = _limits(options).price(rows * each, rows * options.expected_out)
+    price = _chosen(Limits, options).price(rows * each, rows * options.expected_out)
     return f"estimate: {rows} rows x ({each} tokens in + {options.expected_out} out) = {price:.4f} USD"
 
 
-def _limits(options: argparse.Namespace) -> Limits:
-    return Limits(**{f.name: getattr(options, f.name) for f in fields(Limits)})
-
-
-def _backend(options: argparse.Namespace, task: str, style: str) -> backends.Backend:
-    """The backend that the options name."""
-    if options.backend == "mini":
-        return MiniBackend(task, style, options.mistakes, options.seed)
-    kind = backends.OpenAIBackend if options.backend == "openai" else backends.GeminiBackend
-    return kind(backends.Service(**{f.name: getattr(options, f.name) for f in fields(backends.Service)}))
+def _chosen(kind: type[T], options: argparse.Namespace) -> T:
+    """The dataclass `kind` with the options of its fields' names."""
+    return kind(**{f.name: getattr(options, f.name) for f in fields(kind)})

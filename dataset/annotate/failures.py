@@ -15,9 +15,8 @@ from typing import Any
 
 from dataset.annotate.backends import Request, choose_frames
 from dataset.annotate.prompts import CORRECTOR_FRAMES, fill
-from dataset.cot import numbered_lines
+from dataset.records import numbered_lines, without_seg
 from dataset.refavs import NULL_CLASS, RefAvsIndex
-from dataset.reflective import without_seg
 from utils.errors import DataError
 from utils.files import write_json, write_jsonl
 from utils.results import decode_masks
@@ -54,8 +53,11 @@ def mine(predictions: Iterable[dict[str, Any]], below: float = IOU) -> list[Fail
     """
     found = []
     for line in predictions:
-        answer, target = line["answer_class"], line["class_name"]
-        iou = _iou(line)
+        target, answer = line["class_name"], line["answer_class"]
+        if target == NULL_CLASS:  # its frame is right where the predicted mask is empty
+            iou = float((~decode_masks(line["masks"]).any((1, 2))).mean())
+        else:
+            iou = line["J"] / 100
         if iou < below and answer != target:
             same = (line["row"], line["uid"], line["reference"], line["kind"])
             found.append(Failure(*same, target, answer, iou, line["reasoning"]))
@@ -66,7 +68,7 @@ def write_failures(predictions: Path, out: Path, below: float = IOU) -> dict[str
     """Filter a finished evaluation of the training rows into `out` and <out>.report.json; returns the report."""
     lines = [json.loads(text) for _, text in numbered_lines(predictions, "run scripts/mine_failures.py again")]
     failures = mine(lines, below)
-    asked, mined = (Counter(kinds) for kinds in ((line["kind"] for line in lines), (f.kind for f in failures)))
+    asked, mined = Counter(line["kind"] for line in lines), Counter(f.kind for f in failures)
     report = {
         "rows": len(lines),
         "mined": len(failures),
@@ -116,10 +118,3 @@ def failure_requests(index: RefAvsIndex, failures: Iterable[Failure], template: 
         frames = choose_frames(index, row.clip, CORRECTOR_FRAMES)
         requests.append(Request(row, prompt, frames, index.audio_path(row.clip), wrong=failure.path))
     return requests
-
-
-def _iou(line: dict[str, Any]) -> float:
-    """Mean IoU over frames; a null row's frame is right where the predicted mask is empty."""
-    if line["class_name"] != NULL_CLASS:
-        return line["J"] / 100
-    return float((~decode_masks(line["masks"]).any((1, 2))).mean())

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from dataset.annotate.backends import Request
 from dataset.annotate.prompts import Style
-from dataset.cot import MAX_CHARACTERS
+from dataset.records import MAX_CHARACTERS
 from utils.answers import parse_answer, plain_conclusion, without_ending
 
 SHORTEST = 60

@@ -15,8 +15,8 @@ from dataset.annotate.backends import Reply, Request
 from dataset.annotate.prompts import Style
 from dataset.mini.language import NULL_KIND, Question, clause, place, questions, reasoning
 from dataset.mini.scene import CLASSES, COLOURS, Scene, Thing
+from dataset.records import without_seg
 from dataset.refavs import Row
-from dataset.reflective import without_seg
 from utils.answers import parse_answer
 from utils.errors import DataError
 
@@ -63,7 +63,7 @@ class MiniBackend:
         if self._style == "fixed":
             text = fixed_chain(row, scene, question)
         if mistake == "wrong_target":
-            return re.sub(r"the target is .*$", f"the target is {_other(row)}.", text)
+            return _with_another_target(text, row)
         if mistake == "no_ending":
             return text.rsplit(".", 2)[0] + "."
         if mistake == "no_audio":
@@ -74,7 +74,7 @@ class MiniBackend:
         row, wrong = request.row, without_seg(request.wrong)
         corrected = nearest_chain(row, wrong, self._seed)
         if mistake == "wrong_target":
-            corrected = re.sub(r"the target is .*$", f"the target is {_other(row)}.", corrected)
+            corrected = _with_another_target(corrected, row)
         if mistake == "rewritten":
             corrected = " ".join(reversed(corrected.split())) + f" So the target is {row.class_name}."
         if mistake == "right" or corrected == wrong:
@@ -141,9 +141,9 @@ def mark_changes(wrong: str, corrected: str) -> tuple[str, str]:
     return " ".join(first), " ".join(second)
 
 
-def _other(row: Row) -> str:
-    """Another class than the row's."""
-    return next(name for _, name in row.truth["things"] + [["", "lamp"]] if name != row.class_name)
+def _with_another_target(text: str, row: Row) -> str:
+    other = next(name for _, name in [*row.truth["things"], ["", "lamp"]] if name != row.class_name)
+    return re.sub(r"the target is .*$", f"the target is {other}.", text)
 
 
 def rule_label(row: Row, text: str) -> str:

@@ -2,7 +2,7 @@
 
 A template may be replaced by another shipped one or a file of one's own (`--template`); {reference}, {target} and
 {wrong} are filled in. The paper's texts are shipped word for word as `paper_6_1` and `paper_6_2` (to the second, which
-names no place for them, the three inputs are added behind its end). The defaults are ours, with these departures:
+names no place for them, the three inputs are added behind its end). The defaults depart from them as follows:
 
 | paper | `cot_flexible`, `correct` | why |
 |---|---|---|

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from dataset.annotate.backends import Request
 from dataset.annotate.gates import GateResult, refused
-from dataset.cot import numbered_lines
+from dataset.records import numbered_lines
 
 
 @dataclass(frozen=True)

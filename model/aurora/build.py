@@ -21,7 +21,8 @@ from model.backbones.videollama2.backbone import VideoLlama2
 from model.backbones.videollama2.config import CONFIG_NAME, RELEASED, VideoLlama2Config
 from model.backbones.videollama2.weights import KeyCheck, check_folder, export_state, load_backbone
 from model.segmenters.base import Segmenter
-from model.segmenters.sam import SAM_SIZES, build_segmenter
+from model.segmenters.sam import build_segmenter
+from model.segmenters.sam2 import build_sam2
 from utils.errors import ConfigError, Problem
 from utils.tensor_files import read_json
 
@@ -62,8 +63,11 @@ OMNI = BackboneKind(
 )
 BACKBONES |= dict.fromkeys(qwen_omni.MODEL_TYPES, OMNI)
 """By `model_type` in config.json of `model.base`; a folder that names none holds the first."""
-SEGMENTERS: dict[str, Callable[..., Segmenter]] = dict.fromkeys(SAM_SIZES, build_segmenter)
-"""By `model.sam_type`: (type, image size, checkpoint) -> segmenter. A JSON with sizes is SAM's."""
+SEGMENTERS: dict[str, Callable[[ModelConfig, bool], Segmenter]] = {
+    "sam": lambda m, weights: build_segmenter(m.sam_type, m.sam_image_size, m.sam_checkpoint if weights else None),
+    "sam2": build_sam2,
+}
+"""By `model.segmenter`: (settings, whether weights are read) -> it in float32 and eval mode."""
 
 
 def build_model(
@@ -125,7 +129,7 @@ def build_meta_model(config: RunConfig, sizes: Any = None, seg_token_id: int | N
     with torch.device("meta"):
         backbone = backbone_kind(config.model.base).make(sizes, config.model.attention)
         seg = min(RELEASED_SEG_ID, backbone.words.num_embeddings - 1) if seg_token_id is None else seg_token_id
-        segmenter = build_sam(config.model.model_copy(update={"sam_checkpoint": None}))
+        segmenter = build_sam(config.model, weights=False)
         model = _assemble(config.model, backbone, segmenter, seg, dtype).to(dtype)
         apply_trainable(model, config.trainable)
     return _finish(model, config).to(dtype)
@@ -147,10 +151,9 @@ def backbone_kind(folder: str) -> BackboneKind:
     return BACKBONES[name]
 
 
-def build_sam(config: ModelConfig) -> Segmenter:
-    """The segmenter that `model.sam_type` names."""
-    build = SEGMENTERS.get(config.sam_type, build_segmenter)
-    return build(config.sam_type, config.sam_image_size, config.sam_checkpoint)
+def build_sam(config: ModelConfig, weights: bool = True) -> Segmenter:
+    """The segmenter that `model.segmenter` names; without weights its values are random."""
+    return SEGMENTERS[config.segmenter](config, weights)
 
 
 def sizes_of_base(config: RunConfig) -> tuple[Any, str]:

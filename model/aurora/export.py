@@ -2,7 +2,7 @@
 
     light     adapter_model.safetensors, ...      a light checkpoint (`model.aurora.trained`), as runs write it
     merged    config.json, model*.safetensors     the backbone under the released names, adapters merged in
-              sam.safetensors                     the whole SAM at its image size
+              sam.safetensors, or sam2/           the whole SAM at its image size
               seg_head.safetensors, trained.json  text_hidden_fcs; settings
     both      sam.json, README.md                 sizes of a SAM that is not a released one; the model card
 
@@ -47,6 +47,8 @@ from utils.tables import text
 from utils.tensor_files import read_json, write_safetensors
 
 SAM, HEAD, SAM_JSON, CARD = "sam.safetensors", "seg_head.safetensors", "sam.json", "README.md"
+SAM2 = "sam2"
+"""Folder of SAM 2, in transformers' layout."""
 MERGED_TRAINABLE = TrainableConfig(lora_rank=0, lora_targets=(), full=(), seg_head=True, mask_decoder=True)
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 SCORES = ("J", "F", "J&F", "S")
@@ -70,7 +72,7 @@ def save_pretrained(model: AuroraModel, folder: str | Path, merge: bool = True) 
         raise RuntimeError(f"save_pretrained: only models that write [SEG] are exported, not {model.origin.prompter}")
     folder, origin = Path(folder), model.origin
     folder.mkdir(parents=True, exist_ok=True)
-    if origin.sam_type not in SAM_SIZES:
+    if origin.segmenter == "sam" and origin.sam_type not in SAM_SIZES:
         model.segmenter.sizes.to_json(folder / SAM_JSON)
         origin = origin.model_copy(update={"sam_type": SAM_JSON})
     if not merge:
@@ -79,12 +81,18 @@ def save_pretrained(model: AuroraModel, folder: str | Path, merge: bool = True) 
     state = merged_state(model)
     save, kind = backbone_kind(model.origin.base).save, str(model.backbone.dtype).removeprefix("torch.")
     save(model.backbone.config, _below("backbone.", state), folder, kind)
-    write_safetensors(folder / SAM, _below(SEGMENTER, state))
+    sam = SAM
+    if origin.segmenter == "sam2":
+        sam = SAM2
+        model.segmenter.sam.save_pretrained(folder / sam, state_dict=_below(SEGMENTER, state))
+    else:
+        write_safetensors(folder / sam, _below(SEGMENTER, state))
     write_safetensors(folder / HEAD, {name: x for name, x in state.items() if name.startswith(SEG_HEAD)})
     if (Path(origin.base) / GENERATION_CONFIG).is_file():
         shutil.copyfile(Path(origin.base) / GENERATION_CONFIG, folder / GENERATION_CONFIG)
-    origin = origin.model_copy(update={"base": ".", "sam_checkpoint": SAM})
-    write_settings(Trained(folder, MERGED_TRAINABLE, model.seg_token_id, {}, origin), [SAM, HEAD])
+    origin = origin.model_copy(update={"base": ".", "sam_checkpoint": sam})
+    files = [f"{SAM2}/model.safetensors" if sam == SAM2 else SAM, HEAD]
+    write_settings(Trained(folder, MERGED_TRAINABLE, model.seg_token_id, {}, origin), files)
     return folder
 
 
@@ -137,7 +145,7 @@ def resolve_origin(
     found = {}
     for field, given in (("base", base), ("sam_checkpoint", sam_checkpoint), ("sam_type", None)):
         path = Path(getattr(trained.origin, field) if given is None else given)
-        if field == "sam_type" and str(path) in SAM_SIZES:
+        if field == "sam_type" and (trained.origin.segmenter != "sam" or str(path) in SAM_SIZES):
             continue
         inside = trained.folder / path
         if given is None and inside.exists():

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from utils.tensor_files import TensorFileError, load_safetensors, save_safetensors
+from utils.tensor_files import TensorFileError, load_safetensors, write_safetensors
 
 MODES = ("none", "memory", "disk")
 IMAGES = "image_encoder"
@@ -83,7 +82,8 @@ class FeatureCache:
                 if path is None:
                     self._stored[tower, key] = kept[key]
                 else:
-                    _write(path, kept[key])
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_safetensors(path, {"features": kept[key]})  # several processes may meet the same clip
         return torch.stack([kept[key] for key in keys]).to(device)
 
     def _path(self, tower: str, key: str, inputs: Tensor) -> Path:
@@ -102,16 +102,9 @@ def _read(path: Path) -> Tensor | None:
         raise TensorFileError(f"{error}. Remedy: delete it; features that are not kept are made again.") from error
 
 
-def _write(path: Path, features: Tensor) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    building = path.with_name(f"{path.name}.{os.getpid()}")  # several processes may meet the same clip
-    save_safetensors({"features": features}, building)
-    building.replace(path)
-
-
 def tower_fingerprint(model: nn.Module, tower: str) -> str:
     """16 hex digits that change with any weight between a tower's input and the kept feature, and with their type."""
-    before = {IMAGES: (f"segmenter.{model.segmenter.no_gradient[0]}",)}
+    before = {IMAGES: tuple(f"segmenter.{name}" for name in model.segmenter.encoders)}
     for t in model.backbone.towers:
         before[t.tower] = (f"backbone.{t.tower}",)
         before[t.projector] = (f"backbone.{t.tower}", f"backbone.{t.projector}")

@@ -68,7 +68,7 @@ def apply_trainable(model: AuroraModel, config: TrainableConfig) -> None:
     targets = _matches(model, "trainable.lora_targets", patterns, "linear layer", linear, problems)
     whole = _matches(model, "trainable.full", config.full, "parameter", names, problems)
     for flag, prefix in ((config.seg_head, (SEG_HEAD, QUERIES)), (config.mask_decoder, MASK_DECODER)):
-        whole |= {name for name in names if flag and name.startswith(prefix)}
+        whole |= {n for n in names if flag and n.startswith(prefix) and not n.startswith(_no_gradient(model))}
     if problems:
         raise ConfigError(problems, "trainable")
     # Frozen first: what nobody names, and what a later version adds, is not trained by accident.
@@ -128,19 +128,23 @@ def _matches(
 ) -> set[str]:
     """The names in which a pattern is found; patterns that find nothing, or what no gradient reaches, are problems."""
     chosen: set[str] = set()
-    no_gradient = tuple(f"segmenter.{name}." for name in model.segmenter.no_gradient)
     for i, pattern in enumerate(patterns):
         found = {name for name in names if re.search(pattern, name)}
-        dead = sorted(name for name in found if name.startswith(no_gradient))
+        dead = sorted(name for name in found if name.startswith(_no_gradient(model)))
         if not found:
             rule, remedy = f"matches no {kind} of the model", f"compare with a name such as {names[0]} or {names[-1]}"
             problems.append(Problem(f"{field}[{i}]", pattern, rule, remedy))
         elif dead:
             rule = f"matches {len(dead)} that no gradient reaches, such as {dead[0]}"
-            remedy = "write the pattern so that it spares SAM's image and prompt encoders"
+            remedy = "write the pattern so that it spares the segmenter's encoders (and memory that is not used)"
             problems.append(Problem(f"{field}[{i}]", pattern, rule, remedy))
         chosen |= found
     return chosen
+
+
+def _no_gradient(model: AuroraModel) -> tuple[str, ...]:
+    """Beginnings of the names of the segmenter's parameters that no gradient reaches."""
+    return tuple(f"segmenter.{name}." for name in model.segmenter.no_gradient)
 
 
 def _size(parameter: nn.Parameter) -> int:

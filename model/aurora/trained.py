@@ -40,8 +40,8 @@ FORMATS = (1, 2, 3)
 """1: one file under our names, trained.safetensors. 2: exports, with head and mask decoder in files of their own. 3:
 this one, the only one that is written."""
 SEGMENTER = "segmenter.sam."
-SAM_FILES = ("sam.safetensors", "mask_decoder.safetensors")
-"""Files under SAM's own names: of merged exports, and of format 2."""
+SAM_FILES = ("sam.safetensors", "mask_decoder.safetensors", "sam2/model.safetensors")
+"""Files under SAM's own names: of merged exports, of format 2, and of merged exports with SAM 2."""
 PEFT_PREFIX = "base_model.model."
 SHOWN = 8
 """Names that an error spells out before it counts the rest."""

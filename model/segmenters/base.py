@@ -1,6 +1,6 @@
 """The door for mask models: what one must offer to be prompted by a [SEG] feature. A new segmenter is one subclass.
 
-It is chosen by `model.sam_type` (`model.aurora.build.SEGMENTERS`); what it reads is prepared by `dataset.processor`.
+It is chosen by `model.segmenter` (`model.aurora.build.SEGMENTERS`); what it reads is prepared by `dataset.processor`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,20 @@ class Segmenter(nn.Module, ABC):
     """Modules whose names begin every parameter; the decoder that `trainable.mask_decoder` trains is
     `sam.mask_decoder`."""
     no_gradient: tuple[str, ...]
-    """Those of them that run without gradient, so that training them would do nothing; first the image encoder."""
+    """Modules in them that run without gradient, so that training them would do nothing; first the image encoder."""
     image_size: int
-    """Z: side of the padded square input, in pixels."""
+    """Z: side of the square input, in pixels."""
     prompt_width: int
     """C: width of a prompt."""
 
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """Modules that `encode` runs: features that are kept are those of their weights."""
+        return self.no_gradient[:1]
+
     @abstractmethod
     def encode(self, sam_pixels: Tensor) -> Tensor:
-        """Frames [B,T,3,Z,Z], normalised and padded -> image embeddings [B,T,...], without gradient.
+        """Frames [B,T,3,Z,Z], normalised and laid into the square -> image embeddings [B,T,...], without gradient.
 
         Raises:
             ValueError: the frames are not squares of `image_size` pixels.
@@ -48,7 +53,7 @@ class Segmenter(nn.Module, ABC):
             frame_index: int64 [Q,k] frames to decode; None = all T.
 
         Returns:
-            [Q,T or k,h',w'] low-resolution mask logits of the padded square.
+            [Q,T or k,h',w'] low-resolution mask logits of the square.
 
         Raises:
             ValueError: the prompts have another number or width.
@@ -58,5 +63,5 @@ class Segmenter(nn.Module, ABC):
     def upscale(self, logits: Tensor, sam_size: tuple[int, int], out_size: tuple[int, int]) -> Tensor:
         """Low-resolution logits [T,h',w'] of one clip -> float32 logits [T,*out_size].
 
-        `sam_size` is the (height, width) of the frames inside the padded square.
+        `sam_size` is the (height, width) of the frames inside the square.
         """

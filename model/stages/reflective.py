@@ -4,7 +4,7 @@
 |---|---|---|---|
 | eq. 7: CE + BCE + Dice, no distillation | the trainer of stage 1 with other data (train_ds.py:245-273) | the same, weights by config | the model has its segmentation from the teacher already |
 | 6.3: "a similar structure to Stage 1", whose decoder is frozen (3.1) | decoder trained (train_ds.py:280) | `trainable.mask_decoder`: false in configs/reflective.yaml, true as released | the paper decides |
-| eq. 3: y_wrong + trigger + y_correct replaces the target | a list of finished texts | `dataset.reflective` builds and reads them | the parts stay known by their spans |
+| eq. 3: y_wrong + trigger + y_correct replaces the target | a list of finished texts | `dataset.records` builds and reads them | the parts stay known by their spans |
 | 3.2: "using the cross-entropy loss" on the path | all tokens | `reflective.loss_on`: all, or the correction alone | with `all` the model is also taught to write the mistake; both are trained on the same input |
 | Table 4, CT: corrected paths alone | - | `reflective.target: corrected_only` | one config value |
 | no learning rate, no warm-up (4.1) | see `model.stages.sft` | as stage 1: 1e-4, warm-up 100 | the same losses |
@@ -34,15 +34,8 @@ class ReflectiveStage(SupervisedStage):
 def ignore_before(packed: PackedInputs, starts: Sequence[int]) -> PackedInputs:
     """The same batch with the first `starts[b]` answer tokens of row b unlabelled: read, but not learned.
 
-    Args:
-        packed: a batch with answers (each row's labelled tokens are its whole answer).
-        starts: B counts of tokens; 0 leaves a row as it is.
-
-    Returns:
-        A batch that shares all tensors but `labels`.
-
     Raises:
-        ValueError: a count is negative or leaves a row with an answer no labelled token; names the row.
+        ValueError: a count is negative, or leaves a row with an answer no labelled token; names the row.
     """
     labelled = packed.labels != IGNORE
     if len(starts) != len(labelled):

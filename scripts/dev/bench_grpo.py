@@ -24,7 +24,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,14 +40,19 @@ try:
 except ImportError:
     prefix_grouper = None
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
 from model.aurora.generation import generate  # noqa: E402 - the repository root must be on the path first
 from model.aurora.sampling import Sampling  # noqa: E402
 from model.aurora.shared_prompt import ATTENTION, score_answers  # noqa: E402
 from model.objectives.policy import token_log_probs  # noqa: E402
-from scripts.dev.grpo_step import StepCase  # noqa: E402
-from utils.types import MediaFeatures  # noqa: E402
+from model.stages.grpo import GrpoStage  # noqa: E402
+from scripts.dev.random_run import BenchTokenizer, random_batch, random_model  # noqa: E402
+from scripts.plan_memory import Workload  # noqa: E402
+from tests.oracles.plain_grpo import PlainGrpoStage  # noqa: E402
+from utils.config import load_config  # noqa: E402
+from utils.types import Batch, Generation, MediaFeatures  # noqa: E402
 
 WANTED = {"scoring": None, "sampling": {3: 1.4, 8: 2.0}, "step": 1.8, "memory": 1.0}
 """Part -> wanted ratio of plain to fast: a number, one by group size, or None for the limit of token counts."""
@@ -170,6 +176,69 @@ def _seen(new: int, total: int) -> Tensor:
     return torch.ones(new, total, dtype=torch.bool).tril(total - new)
 
 
+class _EndsInSeg:
+    """Random weights write no [SEG]; each answer gets one in the place of its last token, so that masks are trained."""
+
+    def draw(self, batch: Batch) -> tuple[MediaFeatures, Generation]:
+        media, answers = super().draw(batch)
+        generator = torch.Generator().manual_seed(0)
+        states = torch.randn(len(answers.token_ids), self.model.text_hidden_fcs[0][0].in_features, generator=generator)
+        for row in answers.token_ids:
+            row[-1] = self.model.seg_token_id
+        everyone = torch.arange(len(states))
+        return media, replace(answers, seg_hidden=states, answer_of_query=everyone, log_probs=None)
+
+
+class _FastStage(_EndsInSeg, GrpoStage):
+    """The project's stage."""
+
+
+class _PlainStage(_EndsInSeg, PlainGrpoStage):
+    """G full copies."""
+
+
+class StepCase:
+    """A clip of 10 frames and 10 s of sound through towers and SAM of the mini base and a language model of its own.
+
+    Args:
+        folder: gets the config.json of the base.
+        language: fields of the language model's configuration.
+        prompt: P, tokens of the prompt, media included.
+        group: G.
+        new_tokens: C, tokens of each answer.
+    """
+
+    def __init__(self, folder: Path, language: dict[str, int], prompt: int, group: int, new_tokens: int) -> None:
+        mini = json.loads((ROOT / "assets/mini_base/config.json").read_text(encoding="utf-8"))
+        text = json.dumps({**mini, **language, "hidden_size_a": language["hidden_size"]})
+        (folder / "config.json").write_text(text, encoding="utf-8")
+        config = load_config(ROOT / "configs/mini/grpo.yaml", [
+            f"model.base={folder}", "engine.micro_batch=1", "data.feature_cache=none", "grpo.temperature=1.0",
+            "grpo.top_p=1.0", "grpo.mask_loss_on=all", f"grpo.group_size={group}", f"grpo.max_new_tokens={new_tokens}",
+        ])  # fmt: skip
+        torch.manual_seed(0)
+        model = random_model(config, torch.device("cpu"))
+        work = Workload(1, group, 10, (96, 96), 10.0, 40, new_tokens)
+        short = model.pack(random_batch(model, work), None).attention_mask.sum().item()
+        if prompt <= short:
+            raise ValueError(f"a prompt of {prompt} tokens: its media and the least of text have {short}")
+        self.batch = random_batch(model, replace(work, prompt_tokens=work.prompt_tokens + prompt - short))
+        tokenizer = BenchTokenizer(model.seg_token_id)
+        tokenizer.ids["<|im_end|>"] = 2**31  # none of the vocabulary: no answer ends before its time
+        self.stages = {"fast": _FastStage(config, model, tokenizer), "plain": _PlainStage(config, model, tokenizer)}
+        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
+
+    def run(self, path: str) -> Tensor:
+        """Sample, judge, score, backward and step; at a learning rate of 0, so that every step is the same."""
+        torch.manual_seed(0)
+        self.optimizer.zero_grad()
+        stage = self.stages[path]
+        loss = stage.loss(stage.prepare(self.batch)).total
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+
 class _NoStop:
     def convert_tokens_to_ids(self, tokens: str) -> int:
         return -1
@@ -228,8 +297,7 @@ def measure(arguments: argparse.Namespace, prompt: int, group: int, threads: int
         paths = {"fast": case.fast, "plain": case.plain}
         if prefix_grouper is not None:
             AttentionInterface.register("prefix_grouper", prefix_grouper_attention)
-            peer_loss = case.prefix_grouper()
-            row["peer_apart"] = float((peer_loss - plain_loss).abs() / plain_loss.abs())
+            row["peer_apart"] = float((case.prefix_grouper() - plain_loss).abs() / plain_loss.abs())
             paths["peer"] = case.prefix_grouper
         row["scoring"] = timed(paths, repeats, clock)
         yield row
@@ -241,9 +309,10 @@ def measure(arguments: argparse.Namespace, prompt: int, group: int, threads: int
         del case
         with tempfile.TemporaryDirectory() as folder:
             step = StepCase(Path(folder), sizes(arguments), prompt, group, tokens)
-            fast, plain = float(step.fast()), float(step.plain())
+            paths = {path: partial(step.run, path) for path in step.stages}
+            fast, plain = float(step.run("fast")), float(step.run("plain"))
             row["step_loss_apart"] = abs(fast - plain) / abs(plain)
-            row["step"] = timed({"fast": step.fast, "plain": step.plain}, repeats, clock)
+            row["step"] = timed(paths, repeats, clock)
         yield row
     if "memory" in arguments.parts:
         row["memory"] = {path: peak(arguments, prompt, group, path) for path in ("fast", "plain")}

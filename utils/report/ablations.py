@@ -14,8 +14,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +21,12 @@ import numpy as np
 from scipy import stats
 
 from utils.errors import DataError
+from utils.files import write_bytes, write_json
 from utils.paper import ABLATIONS, SPLITS, TABLE_6
 from utils.report.breakdown import LEVEL, SCORES, Estimate, mean_intervals
+from utils.report.page import render_template
 from utils.report.runs import Evaluation, read_evaluation, shared_rows
-from utils.results import write_bytes, write_json
+from utils.report.tables import Table as PageTable
 
 MINI = "Mini world, synthetic data: these numbers show what this code learns there, and say nothing about Ref-AVS."
 INTRODUCTION = """Written by `python scripts/ablate.py --table all --docs docs/ablations_mini.md` from finished runs \
@@ -87,6 +87,7 @@ class Mean:
         """95 % of the mean by Student's t; None with one seed."""
         if self.deviation is None:
             return None
+        # stats.t.interval would be NaN where all seeds agree.
         half = float(stats.t.ppf((1 + LEVEL) / 2, self.seeds - 1)) * self.deviation / math.sqrt(self.seeds)
         return self.value - half, self.value + half
 
@@ -178,9 +179,9 @@ def outcome(table: Table, finished: Mapping[tuple[str, int], Path], seeds: Seque
     base = list(table.rows)[table.against]
     lines, differences = [], []
     for row in table.rows:
-        own = [found[row, seed] for seed in seeds if (row, seed) in found]
-        lines += [_line(table, row, split, own) for split in table.splits if own]
-        both = [(found[row, s], found[base, s]) for s in seeds if (row, s) in found and (base, s) in found]
+        own = {seed: found[row, seed] for seed in seeds if (row, seed) in found}
+        both = [(one, found[base, seed]) for seed, one in own.items() if (base, seed) in found]
+        lines += [_line(table, row, split, list(own.values())) for split in table.splits if own]
         differences += [_difference(table, row, base, split, both) for split in table.splits if both and row != base]
     missing = [f"{row}, seed {seed}" for row, seed in wanted if (row, seed) not in found]
     codes = sorted({str(evaluation.fact("git", "unknown")) for evaluation in found.values()})
@@ -294,17 +295,10 @@ def markdown(found: Outcome, level: int = 1) -> str:
 
 def html(found: Outcome) -> str:
     """A page of its own, without scripts."""
-    title, style = escape(found.heading), files("utils.report").joinpath("style.css").read_text(encoding="utf-8")
-    body = "".join(f"<p>{escape(line)}</p>" for line in caption(found))
-    for cells in _tables(found):
-        rows = ("".join(f"<{'td' if i and j else 'th'}>{escape(cell)}" for j, cell in enumerate(line))
-                for i, line in enumerate(cells))  # fmt: skip
-        body += f'<div class="scroll"><table>{"".join(f"<tr>{row}" for row in rows)}</table></div>'
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{style}</style></head><body><main><h1>{title}</h1>{body}</main></body></html>\n"
-    )
+    notes = [{"kind": "note", "text": line} for line in caption(found)]
+    named = zip(("scores", "differences"), _tables(found), strict=False)
+    grids = [PageTable(f"{found.heading}, {name}", header, lines) for name, (header, *lines) in named]
+    return render_template(found.heading, blocks=[*notes, *grids])
 
 
 def csv_text(found: Outcome) -> str:

@@ -6,8 +6,9 @@ none); null rows have only S and form a dimension of their own.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,7 @@ SHOWN = 12
 """Rows listed at either end of a comparison."""
 SPLIT_TITLES = {"test_s": "seen (test_s)", "test_u": "unseen (test_u)"}
 """Splits of Ref-AVS; others go by their own names."""
+_SIZES = ("small", "medium", "large")
 
 
 @dataclass(frozen=True)
@@ -39,19 +41,10 @@ class Estimate:
 class Group:
     """The scores of some rows, in percent."""
 
-    name: str
     scores: Mapping[str, Estimate]
     """J, F and J&F; or S alone."""
     class_accuracy: float | None
     """Of the rows whose class is known; None without any."""
-
-
-@dataclass(frozen=True)
-class Dimension:
-    """One way of grouping rows."""
-
-    title: str
-    groups: tuple[Group, ...]
 
 
 @dataclass(frozen=True)
@@ -69,9 +62,8 @@ class Change:
 
 @dataclass(frozen=True)
 class GroupChange:
-    """The rows of a group under two evaluations."""
+    """The rows of a group under two evaluations: mean J&F of either, and what lies between them."""
 
-    name: str
     before: float
     after: float
     change: Estimate
@@ -85,14 +77,14 @@ class Comparison:
 
     before: str
     after: str
-    groups: tuple[GroupChange, ...]
+    groups: Mapping[str, GroupChange]
     """All rows first, then by split and by question kind."""
     class_won: int
     """Rows whose class only `after` names rightly."""
     class_lost: int
-    gains: tuple[Change, ...]
+    gains: Sequence[Change]
     """Largest first."""
-    losses: tuple[Change, ...]
+    losses: Sequence[Change]
     """Largest first."""
 
 
@@ -143,35 +135,27 @@ def size_names(sizes: Mapping[int, float]) -> dict[int, str]:
     if len(set(sizes.values())) < 3:
         return {}
     low, high = (float(q) for q in np.quantile(list(sizes.values()), [1 / 3, 2 / 3]))
-    small, large = f"{100 * low:.1f} %", f"{100 * high:.1f} %"
-    names = (f"small (up to {small})", f"medium (up to {large})", f"large (over {large})")
+    bounds = (f"up to {100 * low:.1f} %", f"up to {100 * high:.1f} %", f"over {100 * high:.1f} %")
+    names = [f"{word} ({bound})" for word, bound in zip(_SIZES, bounds, strict=True)]
     return {row: names[(size > low) + (size > high)] for row, size in sizes.items()}
 
 
-def break_down(rows: Sequence[PredictedRow], sizes: Mapping[int, str]) -> list[Dimension]:
-    """Scores by split, question kind, mask size and class; dimensions that the data do not have are left out.
+def break_down(rows: Sequence[PredictedRow], sizes: Mapping[int, str]) -> dict[str, dict[str, Group]]:
+    """Dimension -> name of a group -> its scores; dimensions that the data do not have are left out.
 
     Args:
         rows: of one evaluation.
         sizes: row -> name of its size (`size_names`); may lack rows.
     """
     found = [row for row in rows if not row.is_null]
-    null = [row for row in rows if row.is_null]
     ways = {
-        "Split": [SPLIT_TITLES.get(row.split, row.split) for row in found],
-        "Question kind": [row.kind for row in found],
-        "Mask size": [sizes.get(row.row, "") for row in found],
-        "Class": [row.class_name for row in found],
+        "Split": _grouped(found, lambda row: SPLIT_TITLES.get(row.split, row.split)),
+        "Question kind": _grouped(found, lambda row: row.kind),
+        "Mask size": _grouped(found, lambda row: sizes.get(row.row, ""), lambda name: _SIZES.index(name.split()[0])),
+        "Class": _grouped(found, lambda row: row.class_name),
+        "Null references": _grouped(rows, lambda row: "test_n: S, lower is better" if row.is_null else ""),
     }
-    dimensions = []
-    for title, names in ways.items():
-        order = dict.fromkeys(sorted(names, key=_size_rank)) if title == "Mask size" else dict.fromkeys(sorted(names))
-        groups = [_group(name, [r for r, n in zip(found, names, strict=True) if n == name]) for name in order if name]
-        if groups:
-            dimensions.append(Dimension(title, tuple(groups)))
-    if null:
-        dimensions.append(Dimension("Null references", (_group("test_n: S, lower is better", null),)))
-    return dimensions
+    return {title: {name: _group(group) for name, group in way.items()} for title, way in ways.items() if way}
 
 
 def compare(before: Evaluation, after: Evaluation) -> Comparison | None:
@@ -184,45 +168,47 @@ def compare(before: Evaluation, after: Evaluation) -> Comparison | None:
     both = [change for change in both if not change.before.is_null]
     if not both:
         return None
-    named = [("all rows", both)]
-    for field, titles in (("split", SPLIT_TITLES), ("kind", {})):
-        names = dict.fromkeys(sorted(getattr(c.before, field) for c in both))
-        if len(names) > 1:
-            named += [(titles.get(n, n), [c for c in both if getattr(c.before, field) == n]) for n in names if n]
+    named = {"all rows": both}
+    for groups in (
+        _grouped(both, lambda c: SPLIT_TITLES.get(c.before.split, c.before.split)),
+        _grouped(both, lambda c: c.before.kind),
+    ):
+        named |= groups if len(groups) > 1 else {}
     ranked = sorted(both, key=lambda c: (-c.points, c.before.row))
     return Comparison(
         before.name,
         after.name,
-        tuple(_group_change(name, changes) for name, changes in named),
+        {name: _group_change(changes) for name, changes in named.items()},
         sum(bool(c.after.class_right and not c.before.class_right) for c in both),
         sum(bool(c.before.class_right and not c.after.class_right) for c in both),
-        tuple(c for c in ranked[:SHOWN] if c.points > TIE),
-        tuple(c for c in ranked[: -SHOWN - 1 : -1] if c.points < -TIE),
+        [c for c in ranked[:SHOWN] if c.points > TIE],
+        [c for c in ranked[: -SHOWN - 1 : -1] if c.points < -TIE],
     )
 
 
-def _group(name: str, rows: Sequence[PredictedRow]) -> Group:
+def _grouped(
+    items: Iterable[Any], name_of: Callable[[Any], str], order: Callable[[str], Any] | None = None
+) -> dict[str, list[Any]]:
+    """Items by name, in order of the names; those without a name are left out."""
+    groups: dict[str, list[Any]] = {}
+    for item in items:
+        groups.setdefault(name_of(item), []).append(item)
+    groups.pop("", None)
+    return {name: groups[name] for name in sorted(groups, key=order)}
+
+
+def _group(rows: Sequence[PredictedRow]) -> Group:
     if all(row.is_null for row in rows):
         titles, values = ("S",), [[row.scores["S"]] for row in rows]
     else:
         titles, values = SCORES, [[row.scores["J"], row.scores["F"], row.jf] for row in rows]
     estimates = mean_intervals(np.array(values), [row.clip for row in rows])
     named = [row.class_right for row in rows if row.class_right is not None]
-    accuracy = 100 * float(np.mean(named)) if named else None
-    return Group(name, dict(zip(titles, estimates, strict=True)), accuracy)
+    return Group(dict(zip(titles, estimates, strict=True)), 100 * float(np.mean(named)) if named else None)
 
 
-def _group_change(name: str, changes: Sequence[Change]) -> GroupChange:
-    points = np.array([change.points for change in changes])
-    return GroupChange(
-        name,
-        float(np.mean([change.before.jf for change in changes])),
-        float(np.mean([change.after.jf for change in changes])),
-        mean_intervals(points[:, None], [change.before.clip for change in changes])[0],
-        int((points > TIE).sum()),
-        int((points < -TIE).sum()),
-    )
-
-
-def _size_rank(name: str) -> int:
-    return next((i for i, word in enumerate(("small", "medium", "large")) if name.startswith(word)), -1)
+def _group_change(changes: Sequence[Change]) -> GroupChange:
+    values = np.array([[change.before.jf, change.after.jf, change.points] for change in changes])
+    before, after, change = mean_intervals(values, [change.before.clip for change in changes])
+    wins, losses = (values[:, 2] > TIE).sum(), (values[:, 2] < -TIE).sum()
+    return GroupChange(before.mean, after.mean, change, int(wins), int(losses))

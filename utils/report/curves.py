@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from utils.errors import DataError
+from utils.report.runs import read_log
 
 Series = tuple[list[float], list[float]]
 """Optimiser steps, and a finite value at each."""
@@ -46,22 +46,13 @@ _STYLE = {
 
 
 def read_scalars(path: Path) -> dict[str, Series]:
-    """The numeric fields of a metrics.jsonl by name. Non-finite values and a truncated last line are left out.
-
-    Raises:
-        DataError: a line other than the last is not a JSON object with a `step`.
-    """
+    """The finite numbers of a metrics.jsonl by name. Raises DataError, see `runs.read_log`."""
     scalars: dict[str, Series] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
-        try:
-            record = json.loads(line)
-            step = float(record["step"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}:{number}: not a JSON object with a step ({error}). Remedy: remove it.") from error
+    for record in read_log(path):
         for name, value in record.items():
             if name != "step" and isinstance(value, (int, float)) and math.isfinite(value):
                 steps, values = scalars.setdefault(name, ([], []))
-                steps.append(step)
+                steps.append(float(record["step"]))
                 values.append(float(value))
     return scalars
 
@@ -133,8 +124,11 @@ def write_figures(runs: Sequence[tuple[str, Path]], folder: Path, window: int) -
         window: logged rows in a running mean.
 
     Raises:
-        DataError: no run logged any scalar of stage 3, or a file cannot be read.
+        DataError: a file is missing or cannot be read, or no run logged any scalar of stage 3.
     """
+    for _, path in runs:
+        if not path.is_file():
+            raise DataError(f"{path}: there is no such file. Remedy: name the folder of a run of grpo.")
     names, written = [name for name, _ in runs], []
     for file, wanted in FIGURES.items():
         charts = charts_of_runs(runs, wanted)

@@ -5,7 +5,6 @@ const data = JSON.parse(document.getElementById('gallery').textContent);
 const form = document.getElementById('filters'), box = document.getElementById('clips');
 const more = document.getElementById('more'), large = document.getElementById('large');
 const count = document.getElementById('count');
-const FIELDS = {split: 'split', kind: 'kind', class: 'cls', mask_size: 'size', failure: 'failure'};
 const STEP = 12;
 let shown = [], made = 0, only = null;
 
@@ -39,7 +38,7 @@ function choose() {
   shown = data.rows.filter(row => {
     const answer = said(row);
     if (!answer || (only !== null && row.row !== only)) return false;
-    if (Object.entries(FIELDS).some(([name, key]) => value(name) && row[key] !== value(name))) return false;
+    if (Object.entries(data.fields).some(([name, key]) => value(name) && row[key] !== value(name))) return false;
     if (test && !test(answer)) return false;
     if (!text) return true;
     row.words = row.words || words(row);

@@ -26,7 +26,7 @@ import soundfile
 from PIL import Image
 
 from utils.answers import reasoning_steps
-from utils.draw import PREDICTION, TRUTH, Colour, jpeg
+from utils.draw import PREDICTION, TRUTH, Colour, jpeg, shrink
 from utils.evaluation import spread
 from utils.report.breakdown import size_names
 from utils.report.runs import Evaluation, PredictedRow
@@ -36,6 +36,8 @@ COLUMNS = 5
 """Frames side by side in a picture."""
 WIDTH = 256
 """Frames are shrunk to this many pixels."""
+FIELDS = {"split": "split", "kind": "kind", "class": "cls", "mask_size": "size", "failure": "failure"}
+"""Drop-down list of the gallery -> field of a clip."""
 PARTS = ("frames", "truth", "masks", "sound", "avsbench_s4", "avsbench_ms3")
 _FILL, _DIM = 70, 120
 """Opacity (0..255) of a mask's inside, and of the black that dims what is outside it."""
@@ -87,66 +89,68 @@ def write_clips(
         ValueError: predicted masks do not have the size of their frames.
     """
     rows = {n: row for e in evaluations for n, row in e.rows.items()}
-    wanted = [] if source else [(e, n) for e in evaluations for n in e.rows]
-    strips = {(e.name, n): address for e, n in wanted if (address := _strip(e, n, page))}
-    numbers = sorted(rows) if source else sorted({number for _, number in strips})
+    media: dict[int, dict[str, Any]] = {}
+    drawn = [] if source else [(e, n) for e in evaluations for n in e.rows]
+    for e, n in drawn:
+        path = e.folder / e.rows[n].split / "pictures" / f"{n:05d}.jpg"
+        if path.is_file():
+            address = quote(os.path.relpath(path, page.parent))
+            media.setdefault(n, {"pictures": {}})["pictures"][e.name] = {"strip": address}
+    numbers = sorted(rows if source else media)
     if limit is not None:
         numbers = sorted(spread(numbers, [f"{rows[n].split} {rows[n].kind}" for n in numbers], limit))
-    drawn = _Files(page, source, evaluations, width).write(numbers) if source else ({}, {}, {})
-    return gallery_rows(evaluations, numbers, *drawn[:2], strips, drawn[2], failures), drawn[2]
+    sounds: dict[str, str] = {}
+    sizes: dict[int, str] = {}
+    if source:
+        media, sounds, sizes = _draw(page, source, evaluations, numbers, width)
+    return gallery_rows(evaluations, numbers, media, sounds, sizes, failures), sizes
 
 
-class _Files:
-    """Writes the files of the rows of one benchmark."""
+def _draw(
+    page: Path, source: MediaSource, evaluations: Sequence[Evaluation], numbers: Sequence[int], width: int
+) -> tuple[dict[int, dict[str, Any]], dict[str, str], dict[int, str]]:
+    """Write the files of rows; returns `media`, `sounds` and `sizes` of `gallery_rows`."""
+    benchmark = evaluations[0].benchmark
+    part = f"{page.stem}_files" + ("" if benchmark == "refavs" else f"/{benchmark}")
 
-    def __init__(self, page: Path, source: MediaSource, evaluations: Sequence[Evaluation], width: int) -> None:
-        self.source, self.evaluations, self.width = source, evaluations, width
-        benchmark = evaluations[0].benchmark
-        self.parent, self.part = page.parent, f"{page.stem}_files"
-        if benchmark != "refavs":
-            self.part += f"/{benchmark}"
-
-    def write(self, numbers: Sequence[int]) -> tuple[dict[int, dict[str, Any]], dict[str, str], dict[int, str]]:
-        """Row -> addresses and sizes of its pictures, clip -> address of its sound, row -> name of its mask size."""
-        clips: dict[str, list[int]] = {}
-        for number in numbers:
-            clip = next(e.rows[number].clip for e in self.evaluations if number in e.rows)
-            clips.setdefault(clip, []).append(number)
-        heard = dict.fromkeys(e.rows[n].audio for n in numbers for e in self.evaluations if n in e.rows)
-        sounds = {clip: path for clip in heard if (path := self.source.sound(clip)) is not None}
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # opencv and libsndfile work outside the interpreter's lock
-            drawn = {n: row for found in pool.map(lambda item: self._clip(*item), clips.items()) for n, row in found}
-            written = pool.map(lambda item: self._file(f"sound/{item[0]}.mp3", mp3(item[1])), sounds.items())
-            addresses = dict(zip(sounds, written, strict=True))
-        sizes = size_names({n: share for n, row in drawn.items() if (share := row.pop("share")) > 0})
-        return drawn, addresses, sizes
-
-    def _clip(self, clip: str, numbers: Sequence[int]) -> list[tuple[int, dict[str, Any]]]:
-        """The pictures of one clip and of the rows that ask about it."""
-        frames = self.source.frames(clip)
-        picture = self._file(f"frames/{clip}.jpg", jpeg(sprite(frames, self.width), 82))
-        found = []
-        for n in numbers:
-            truth = self.source.truth(n, frames.shape[1:3])
-            masks = {e.name: self._masks(e.name, e.rows[n], truth.shape) for e in self.evaluations if n in e.rows}
-            layer = self._file(f"truth/{n:05d}.png", mask_layer(truth, TRUTH, self.width))
-            found.append((n, {"frames": picture, "truth": layer, "n": len(frames), "hw": list(frames.shape[1:3]),
-                              "masks": masks, "share": float(truth.mean())}))  # fmt: skip
-        return found
-
-    def _masks(self, name: str, row: PredictedRow, shape: tuple[int, ...]) -> str:
-        masks = decode_masks(row.masks)
-        if masks.shape != shape:
-            raise ValueError(f"{name}, row {row.row}: predicted masks are {masks.shape}, the data's {shape}")
-        layer = mask_layer(masks, PREDICTION, self.width)
-        return self._file(f"masks/{name.replace('/', '_')}/{row.row:05d}.png", layer)
-
-    def _file(self, name: str, data: bytes) -> str:
-        """Write a file, without waiting for the disk; returns its address relative to the page."""
-        path = self.parent / self.part / name
+    def write(name: str, data: bytes) -> str:
+        """Without waiting for the disk; returns the address relative to the page."""
+        path = page.parent / part / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-        return quote(f"{self.part}/{name}")
+        return quote(f"{part}/{name}")
+
+    def draw(clip: str) -> list[tuple[int, dict[str, Any]]]:
+        frames = source.frames(clip)
+        picture = write(f"frames/{clip}.jpg", jpeg(sprite(frames, width), 82))
+        found = []
+        for n in clips[clip]:
+            truth = source.truth(n, frames.shape[1:3])
+            layers = {}
+            for e in (e for e in evaluations if n in e.rows):
+                masks = decode_masks(e.rows[n].masks)
+                if masks.shape != truth.shape:
+                    raise ValueError(f"{e.name}, row {n}: predicted masks are {masks.shape}, the data's {truth.shape}")
+                name = f"masks/{e.name.replace('/', '_')}/{n:05d}.png"
+                layers[e.name] = {"masks": write(name, mask_layer(masks, PREDICTION, width))}
+            layer = write(f"truth/{n:05d}.png", mask_layer(truth, TRUTH, width))
+            shares[n] = float(truth.mean())
+            found.append((n, {"frames": picture, "truth": layer, "n": len(frames), "hw": list(frames.shape[1:3]),
+                              "pictures": layers}))  # fmt: skip
+        return found
+
+    clips: dict[str, list[int]] = {}
+    shares: dict[int, float] = {}
+    shown = {n: [e.rows[n] for e in evaluations if n in e.rows] for n in numbers}
+    for n, rows in shown.items():
+        clips.setdefault(rows[0].clip, []).append(n)
+    heard = dict.fromkeys(row.audio for rows in shown.values() for row in rows)
+    files = {clip: path for clip in heard if (path := source.sound(clip)) is not None}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # opencv and libsndfile work outside the interpreter's lock
+        media = {n: row for found in pool.map(draw, clips) for n, row in found}
+        written = pool.map(lambda clip: write(f"sound/{clip}.mp3", mp3(files[clip])), files)
+        sounds = dict(zip(files, written, strict=True))
+    return media, sounds, size_names({n: shares[n] for n in media if shares[n] > 0})
 
 
 def gallery_data(evaluations: Sequence[Evaluation], clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -168,15 +172,14 @@ def gallery_data(evaluations: Sequence[Evaluation], clips: Sequence[Mapping[str,
         }
         rows.append({**clip, "said": said})
     names = {"runs": [e.name for e in evaluations], "run": same[-1] if same else ""}
-    return {**names, "columns": COLUMNS, "texts": list(texts), "rows": rows}
+    return {**names, "columns": COLUMNS, "fields": FIELDS, "texts": list(texts), "rows": rows}
 
 
 def gallery_rows(
     evaluations: Sequence[Evaluation],
     rows: Sequence[int],
-    drawn: Mapping[int, Mapping[str, Any]] | None = None,
+    media: Mapping[int, Mapping[str, Any]] | None = None,
     sounds: Mapping[str, str] | None = None,
-    strips: Mapping[tuple[str, int], str] | None = None,
     sizes: Mapping[int, str] | None = None,
     failures: Mapping[int, str] | None = None,
 ) -> list[dict[str, Any]]:
@@ -185,24 +188,22 @@ def gallery_rows(
     Args:
         evaluations: of one benchmark, in the order of the page.
         rows: that are shown.
-        drawn: row -> `frames`, `truth`, `masks` {evaluation: address}, `n` frames of `hw` (height, width).
+        media: row -> `pictures` {evaluation: {"masks" or "strip", a picture ready made: address}}, and where the row
+            was drawn `frames`, `truth`, `n` frames of `hw` (height, width).
         sounds: clip -> address.
-        strips: (evaluation, row) -> address of a ready picture, used where nothing was drawn.
         sizes: row -> name of its mask size.
         failures: row -> type of failure.
     """
-    drawn, sounds, strips, sizes, failures = drawn or {}, sounds or {}, strips or {}, sizes or {}, failures or {}
+    media, sounds, sizes, failures = media or {}, sounds or {}, sizes or {}, failures or {}
     listed = []
     for number in rows:
         said = {e.name: e.rows[number] for e in evaluations if number in e.rows}
         first = next(iter(said.values()))
-        media = dict(drawn.get(number, {}))
-        masks = media.pop("masks", {})
-        pictures = {name: {"masks": masks[name]} for name in masks}
-        pictures |= {name: {"strip": strips[name, number]} for name in said if (name, number) in strips}
+        drawn = dict(media.get(number, {}))
+        pictures = drawn.pop("pictures", {})
         listed.append({
             "row": number, "split": first.split, "kind": first.kind, "ref": first.reference, "cls": first.class_name,
-            "clip": first.clip, "size": sizes.get(number, ""), "failure": failures.get(number, ""), **media,
+            "clip": first.clip, "size": sizes.get(number, ""), "failure": failures.get(number, ""), **drawn,
             "said": {name: _said(row, pictures.get(name, {}), sounds) for name, row in said.items()},
         })  # fmt: skip
     return listed
@@ -226,26 +227,21 @@ def _said(row: PredictedRow, pictures: Mapping[str, str], sounds: Mapping[str, s
 
 def sprite(frames: np.ndarray, width: int = WIDTH) -> np.ndarray:
     """uint8 [T,H,W,C] -> one picture uint8, COLUMNS frames to a row, each at most `width` wide; free places black."""
-    height, native = frames.shape[1:3]
-    if native > width:
-        size = (width, max(1, round(height * width / native)))
-        frames = np.stack([cv2.resize(frame, size, interpolation=cv2.INTER_AREA) for frame in frames])
+    frames = np.stack([shrink(frame, width) for frame in frames])
     missing = -len(frames) % COLUMNS if len(frames) > COLUMNS else 0
     frames = np.concatenate([frames, np.zeros_like(frames[:1]).repeat(missing, 0)])
     columns = min(COLUMNS, len(frames))
     grid = frames.reshape(-1, columns, *frames.shape[1:])
-    return grid.transpose(0, 2, 1, 3, *range(4, grid.ndim)).reshape(-1, columns * frames.shape[2], *frames.shape[3:])
+    return grid.transpose(0, 2, 1, 3, 4).reshape(-1, columns * frames.shape[2], frames.shape[3])
 
 
 def mask_layer(masks: np.ndarray, colour: Colour, width: int = WIDTH) -> bytes:
     """bool [T,H,W] -> a transparent PNG in the layout of `sprite`: outside dimmed, inside tinted, outline opaque."""
-    scale = min(1.0, width / masks.shape[2])
-    size = (round(masks.shape[2] * scale), max(1, round(masks.shape[1] * scale)))
     levels = []
     for mask in masks.astype(np.uint8):
-        small = mask if scale == 1 else cv2.resize(mask, size, interpolation=cv2.INTER_AREA)
+        small = np.ascontiguousarray(shrink(mask[..., None], width)[..., 0])
         outlines, _ = cv2.findContours(small, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-        levels.append(cv2.drawContours(small.copy(), outlines, -1, 2, max(1, round(size[0] / 200))))
+        levels.append(cv2.drawContours(small.copy(), outlines, -1, 2, max(1, round(small.shape[1] / 200))))
     image = Image.fromarray(sprite(np.stack(levels)[..., None], width)[..., 0], mode="P")
     image.putpalette([0, 0, 0, *colour, *colour])
     buffer = io.BytesIO()
@@ -259,9 +255,3 @@ def mp3(path: Path) -> bytes:
     buffer = io.BytesIO()
     soundfile.write(buffer, wave.mean(1), rate, format="MP3", subtype="MPEG_LAYER_III", compression_level=0.9)
     return buffer.getvalue()
-
-
-def _strip(evaluation: Evaluation, row: int, page: Path) -> str | None:
-    """Address of the picture that an evaluation drew of a row, if it drew one."""
-    path = evaluation.folder / evaluation.rows[row].split / "pictures" / f"{row:05d}.jpg"
-    return quote(os.path.relpath(path, page.parent)) if path.is_file() else None

@@ -11,19 +11,18 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from utils.files import write_bytes
 from utils.report import tables
-from utils.report.breakdown import Comparison, Dimension, break_down, compare
+from utils.report.breakdown import Comparison, Group, break_down, compare
 from utils.report.curves import CURVES, Series, chart_image, charts_of_runs
 from utils.report.media import WIDTH, MediaSource, empty_files, gallery_data, write_clips
 from utils.report.runs import Evaluation, pairs, read_groups, read_taxonomy, run_summary, stage_evaluations
-from utils.results import write_bytes
 from utils.tables import text as cell_text
 
 FOLDER = Path(__file__).parent
@@ -34,40 +33,6 @@ POLICY = (
     "default-src 'none'; img-src 'self' file: data:; media-src 'self' file: data:; style-src 'unsafe-inline'; "
     f"script-src 'sha256-{_HASH}'; base-uri 'none'; form-action 'none'"
 )
-FILTERS = {"split": "split", "kind": "kind", "class": "cls", "mask_size": "size", "failure": "failure"}
-"""Drop-down list of the gallery -> field of a clip; gallery.js has the same."""
-RESULTS = {
-    "right": "class right", "wrong": "class wrong", "unfaithful": "reasoning unfaithful", "high": "J&F 80 or more",
-    "low": "J&F below 30", "noseg": "no [SEG]",
-}  # fmt: skip
-"""Values of the filter `result`; gallery.js knows what they mean."""
-ORDERS = {"row": "row", "worst": "worst first", "best": "best first"}
-ORDERS_BESIDE = {"gain": "largest gain over beside", "loss": "largest loss to beside"}
-KEYS = (
-    ("j, k", "next, previous clip"), ("/", "search"), ("m", "masks on or off"), ("p", "play or pause the sound"),
-    ("Enter", "enlarge the clip"), ("← →", "frame by frame in the enlarged clip"), ("Esc", "close it"),
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a page shows; sections without content are left out."""
-
-    title: str
-    summary: Mapping[str, Any]
-    """`stages` {name: `runs.stage_summary`}, `probes` of the same form, `seconds` {step: seconds}, `git`, `config`."""
-    breakdowns: Mapping[str, Sequence[Dimension]] = field(default_factory=dict)
-    """Evaluation -> its dimensions."""
-    comparisons: Sequence[Comparison] = ()
-    failures: Sequence[Mapping[str, str]] = ()
-    """Lines of the taxonomy's CSV."""
-    charts: Mapping[str, Mapping[str, Series]] = field(default_factory=dict)
-    """`curves.charts_of_runs`."""
-    samples: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]] = field(default_factory=dict)
-    """Run of stage 3 -> groups of sampled answers, `runs.read_groups`."""
-    gallery: Mapping[str, Any] = field(default_factory=dict)
-    """`media.gallery_data`."""
-
 
 def write_report(
     page: Path,
@@ -89,7 +54,7 @@ def write_report(
         page: path of the HTML file.
         title: its heading.
         evaluations: that are broken down.
-        summary: see `Report`; None = what `run_summary` finds in the evaluations.
+        summary: see `render_page`; None = what `run_summary` finds in the evaluations.
         runs: (name, folder) of training runs whose curves and sampled answers are shown.
         media: benchmark -> where frames, masks and sounds come from; a benchmark without one shows the pictures that
             the evaluation drew (eval.pictures).
@@ -115,9 +80,9 @@ def write_report(
         found, sizes[benchmark] = write_clips(page, (media or {}).get(benchmark), alike, limit, width, known)
         clips += found
     compared = pairs(evaluations) if compared is None else compared
-    report = Report(
-        title=title,
-        summary=summary,
+    text = render_page(
+        title,
+        summary,
         breakdowns={
             name: break_down(list(e.rows.values()), sizes.get(e.benchmark, {}))
             for name, e in stage_evaluations(evaluations).items()
@@ -126,13 +91,64 @@ def write_report(
         failures=failures,
         charts=charts_of_runs([(name, folder / "metrics.jsonl") for name, folder in runs], CURVES),
         samples={name: groups for name, folder in runs if (groups := read_groups(folder))},
-        gallery=gallery_data(shown, clips) if shown else {},
+        gallery=gallery_data(shown, clips) if shown else None,
     )
-    write_bytes(page, render_page(report).encode())
+    write_bytes(page, text.encode())
 
 
-def render_page(report: Report) -> str:
-    """The whole page as HTML."""
+def render_page(
+    title: str,
+    summary: Mapping[str, Any],
+    *,
+    breakdowns: Mapping[str, Mapping[str, Mapping[str, Group]]] | None = None,
+    comparisons: Sequence[Comparison] = (),
+    failures: Sequence[Mapping[str, str]] = (),
+    charts: Mapping[str, Mapping[str, Series]] | None = None,
+    samples: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]] | None = None,
+    gallery: Mapping[str, Any] | None = None,
+) -> str:
+    """The whole page as HTML; sections without content are left out.
+
+    Args:
+        title: its heading.
+        summary: `stages` {name: `runs.stage_summary`}; there may be `probes` of the same form, `seconds`
+            {step: seconds}, `git` and `config`.
+        breakdowns: evaluation -> `breakdown.break_down`.
+        comparisons: the first is unfolded.
+        failures: lines of the taxonomy's CSV.
+        charts: `curves.charts_of_runs`.
+        samples: run of stage 3 -> groups of sampled answers, `runs.read_groups`.
+        gallery: `media.gallery_data`.
+    """
+    stages = summary["stages"]
+    names = list(dict.fromkeys(run for lines in (charts or {}).values() for run in lines))
+    images = [chart_image(name, lines, names) for name, lines in (charts or {}).items()]
+    clips = [{"kind": "gallery", **_gallery_controls(gallery)}] if gallery and gallery["rows"] else []
+    sections = {
+        "stages": ("Stages", tables.stage_tables(stages)),
+        "paper": ("The paper's Table 1", tables.paper_table(stages)),
+        "avsbench": ("AVSBench", tables.avsbench_tables(stages)),
+        "breakdown": ("Breakdown", tables.breakdown_tables(breakdowns or {})),
+        "probes": ("Does it listen and look?", tables.probe_tables(stages, summary.get("probes", {}))),
+        "compare": ("Paired comparisons", tables.comparison_blocks(comparisons)),
+        "failures": ("Failure taxonomy", tables.failure_table(failures)),
+        "curves": ("Curves", [{"kind": "charts", "charts": images}] if images else []),
+        "samples": ("Sampled answers", tables.sample_tables(samples or {})),
+        "gallery-title": ("Clips", clips),
+        "time": ("Time", tables.seconds_table(summary.get("seconds", {}))),
+    }
+    return render_template(
+        title,
+        sections={anchor: section for anchor, section in sections.items() if section[1]},
+        origin=" · ".join(_origin(summary)),
+        banner=tables.mini_banner(stages),
+        tiles=tables.headline(stages),
+        script=Markup(SCRIPT) if clips else "",  # like the style a file of this folder, not data
+    )
+
+
+def render_template(title: str, **parts: Any) -> str:
+    """page.html.jinja with a heading and what it draws: `blocks`, or `sections` {anchor: (title, blocks)}."""
     environment = Environment(
         loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -140,40 +156,11 @@ def render_page(report: Report) -> str:
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "allow_nan": False, "separators": (",", ":")}
     environment.filters["cell_text"] = cell_text
     environment.tests["wordy"] = tables.is_wordy
-    sections = [section for section in _sections(report) if section["blocks"]]
+    nothing = {"sections": {}, "blocks": (), "origin": "", "banner": "", "tiles": {}, "script": ""}
     page = environment.get_template("page.html.jinja").render(
-        title=report.title,
-        origin=" · ".join(_origin(report.summary)),
-        banner=tables.mini_banner(report.summary["stages"]),
-        tiles=tables.headline(report.summary["stages"]),
-        sections=sections,
-        policy=POLICY,
-        style=Markup(STYLE),  # files of this folder, not data
-        script=Markup(SCRIPT) if report.gallery.get("rows") else "",
+        {**nothing, **parts, "title": title, "policy": POLICY, "style": Markup(STYLE)}
     )
     return page.lstrip() + "\n"
-
-
-def _sections(report: Report) -> list[dict[str, Any]]:
-    """Anchor, title and blocks in order; blocks may be empty."""
-    stages, summary = report.summary["stages"], report.summary
-    names = list(dict.fromkeys(run for lines in report.charts.values() for run in lines))
-    images = [chart_image(title, lines, names) for title, lines in report.charts.items()]
-    gallery = [{"kind": "gallery", **_gallery_controls(report.gallery)}] if report.gallery.get("rows") else []
-    listed = (
-        ("stages", "Stages", tables.stage_tables(stages)),
-        ("paper", "The paper's Table 1", tables.paper_table(stages)),
-        ("avsbench", "AVSBench", tables.avsbench_tables(stages)),
-        ("breakdown", "Breakdown", tables.breakdown_tables(report.breakdowns)),
-        ("probes", "Does it listen and look?", tables.probe_tables(stages, summary.get("probes", {}))),
-        ("compare", "Paired comparisons", tables.comparison_blocks(report.comparisons)),
-        ("failures", "Failure taxonomy", tables.failure_table(report.failures)),
-        ("curves", "Curves", [{"kind": "charts", "charts": images}] if images else []),
-        ("samples", "Sampled answers", tables.sample_tables(report.samples)),
-        ("gallery-title", "Clips", gallery),
-        ("time", "Time", tables.seconds_table(summary.get("seconds", {}))),
-    )
-    return [{"anchor": anchor, "title": title, "blocks": blocks} for anchor, title, blocks in listed]
 
 
 def _origin(summary: Mapping[str, Any]) -> list[str]:
@@ -185,15 +172,12 @@ def _origin(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _gallery_controls(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The gallery's data and its drop-down lists: (name, label, {value: title}, value chosen at first)."""
-    rows, others = data["rows"], len(data["runs"]) > 1
+    """The gallery's data and its drop-down lists of runs and of rows' values: (name, {value: title}, chosen)."""
     names = {name: name for name in data["runs"]}
-    selects = [("run", "run", names, data["run"])]
-    selects += [("beside", "beside", {"": "nothing", **names}, "")] * others
-    for name, key in FILTERS.items():
-        found = sorted({row[key] for row in rows} - {""})
+    selects = [("run", names, data["run"])]
+    selects += [("beside", {"": "nothing", **names}, "")] * (len(names) > 1)
+    for name, key in data["fields"].items():
+        found = sorted({row[key] for row in data["rows"]} - {""})
         if len(found) > 1 or (name == "failure" and found):
-            selects.append((name, name.replace("_", " "), {"": "all", **{v: v for v in found}}, ""))
-    selects.append(("result", "result", {"": "all", **RESULTS}, ""))
-    selects.append(("order", "order", ORDERS | (ORDERS_BESIDE if others else {}), "row"))
-    return {"data": data, "selects": selects, "keys": KEYS}
+            selects.append((name, {"": "all", **{v: v for v in found}}, ""))
+    return {"data": data, "selects": selects}

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import DataError
+from utils.scoring import ROW_PROTOCOL
 from utils.tables import format_table, mix_scores
 
 SPLIT_ORDER = ("val", "test_s", "test_u", "test_n")
-TRAINING_SPLIT = "train"
 MINI_FILES = frozenset({"mini_truth.jsonl", "mini_s4.json"})
 """Only synthetic data (the mini world, its S4) have one of these, so an evaluation that names it was made on them."""
-ROW_PROTOCOL = "per_expression"
-"""The protocol under which a single row has scores of its own."""
 SAMPLED_GROUPS = 3
 """Groups of sampled answers shown of the first logged step and of the last."""
 _SHARES = ("class_accuracy", "format_share", "faithful")
@@ -66,15 +64,15 @@ class PredictedRow:
     @staticmethod
     def from_json(record: Mapping[str, Any], benchmark: str = "refavs") -> PredictedRow:
         """One line of predictions.jsonl; on Ref-AVS the uid is <clip>_<object>_<number>, on AVSBench the clip."""
-        uid = record["uid"]
+        same = ("row", "uid", "split", "reference", "kind", "class_name", "answer_class", "has_seg", "faithful",
+                "video", "audio")  # fmt: skip
         return PredictedRow(
-            row=record["row"], uid=uid, split=record["split"], reference=record["reference"], kind=record["kind"],
-            class_name=record["class_name"], text=record["reasoning"], answer_class=record["answer_class"],
-            has_seg=record["has_seg"], faithful=record["faithful"],
+            **{name: record[name] for name in same},
+            text=record["reasoning"],
             scores={name: record[name] for name in ("J", "F", "S") if name in record},
-            video=record["video"], audio=record["audio"], masks=tuple(record["masks"]),
-            clip=uid.rsplit("_", 2)[0] if benchmark == "refavs" else uid,
-        )  # fmt: skip
+            masks=tuple(record["masks"]),
+            clip=record["uid"].rsplit("_", 2)[0] if benchmark == "refavs" else record["uid"],
+        )
 
 
 @dataclass(frozen=True)
@@ -117,10 +115,7 @@ class Evaluation:
 
 
 def is_mini(files: Iterable[str]) -> bool:
-    """Whether an evaluation was made on synthetic data, by the names of the files that its metrics.json lists.
-
-    Among them is every table in `data.root`; that folder's name may be anything.
-    """
+    """Whether data are synthetic, by the names of the files in `data.root`; that folder's name may be anything."""
     return not MINI_FILES.isdisjoint(files)
 
 
@@ -137,11 +132,11 @@ def find_evaluations(folder: Path, prefix: str = "") -> list[Evaluation]:
         DataError: a file of an evaluation is missing or cannot be read.
     """
     if _splits(folder):
-        return [read_evaluation(folder, prefix or _short(folder))]
-    found = [path for depth in ("*", "*/*") for path in sorted(folder.glob(depth)) if path.is_dir() and _splits(path)]
-    found = [path for path in found if {file.parent.name for file in _splits(path)} != {TRAINING_SPLIT}]
+        return [read_evaluation(folder, prefix or folder.resolve().name.removeprefix("eval_"))]
+    below = [path for depth in ("*", "*/*") for path in sorted(folder.glob(depth))]
+    found = [path for path in below if {file.parent.name for file in _splits(path)} - {"train"}]
     found.sort(key=lambda path: min(file.stat().st_mtime for file in _splits(path)))
-    return [read_evaluation(path, prefix + _short(path)) for path in found]
+    return [read_evaluation(path, prefix + path.name.removeprefix("eval_")) for path in found]
 
 
 def read_evaluation(folder: Path, name: str) -> Evaluation:
@@ -151,8 +146,7 @@ def read_evaluation(folder: Path, name: str) -> Evaluation:
         DataError: a file is missing or cannot be read; it is named, with the remedy.
     """
     metrics, rows = {}, {}
-    order = {split: i for i, split in enumerate(SPLIT_ORDER)}
-    for path in sorted(_splits(folder), key=lambda p: (order.get(p.parent.name, len(order)), p.parent.name)):
+    for path in _splits(folder):
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
             benchmark = facts.get("config", {}).get("data", {}).get("benchmark", "refavs")
@@ -230,16 +224,22 @@ def stage_summary(folder: Path) -> dict[str, Any]:
             "trained": metrics.get("stage", ""), "answer": data.get("answer", ""),
         }  # fmt: skip
         kinds = {name: _group_scores(group, protocol) for name, group in scores["kinds"].items()}
-        summary[metrics["split"]] = {
-            **_group_scores(scores, protocol), "failed": len(scores["failed"]), "kinds": kinds,
-        }  # fmt: skip
+        found = {**_group_scores(scores, protocol), "failed": len(scores["failed"]), "kinds": kinds}
+        summary[metrics["split"]] = found
     if "test_s" in summary and "test_u" in summary:
-        summary["mix"] = _mix(summary["test_s"], summary["test_u"])
-    first = next((split for split in ("test_s", "test", "val") if split in summary), None)
+        both = summary["test_s"], summary["test_u"]
+        summary["mix"] = {**mix_scores(*both), ROW_PROTOCOL: mix_scores(*(split[ROW_PROTOCOL] for split in both))}
+    first = next((summary[split] for split in ("test_s", "test", "val") if split in summary), None)
     if first is not None:
-        summary["kinds"] = summary[first].pop("kinds")
-        summary |= {name: summary[first][name] for name in _SHARES}
+        summary |= {"kinds": first.pop("kinds"), **{name: first[name] for name in _SHARES}}
     return summary
+
+
+def _group_scores(scores: Mapping[str, Any], protocol: str) -> dict[str, Any]:
+    """The scores of a protocol side by side with the shares, those of single rows one level below."""
+    open_scores = {} if protocol == ROW_PROTOCOL else scores[protocol]
+    shares = {name: scores[name] for name in _SHARES}
+    return {"n": scores["n"], **open_scores, **shares, ROW_PROTOCOL: scores.get(ROW_PROTOCOL, {})}
 
 
 def stage_evaluations(evaluations: Sequence[Evaluation]) -> dict[str, Evaluation]:
@@ -279,11 +279,10 @@ def probe_summaries(probes: Iterable[tuple[str, str, str, Path]]) -> dict[str, d
 
 def summary_table(summary: Mapping[str, Any]) -> str:
     """Every split of every stage, then the probes, as plain text."""
-    named = {**summary["stages"]}
-    named |= {f"{p['stage']}, {p.get('probe', name)}": p for name, p in summary["probes"].items()}
+    probes = {f"{p['stage']}, {p.get('probe', name)}": p for name, p in summary["probes"].items()}
     rows = [
         [name, split, *[stage[split].get(score) for score in ("J", "F", "J&F", "S", "n")]]
-        for name, stage in named.items()
+        for name, stage in {**summary["stages"], **probes}.items()
         for split in ("val", "test_s", "test_u", "mix", "test_n", "test")
         if split in stage
     ]
@@ -303,49 +302,43 @@ def read_taxonomy(folders: Iterable[Path]) -> tuple[list[dict[str, str]], dict[i
     return [], {}
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file that training appends to; a truncated last line is left out.
+
+    Raises:
+        DataError: a line other than the last is not a JSON object with a `step`.
+    """
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
+        try:
+            record = json.loads(line)
+            float(record["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}:{number}: not a JSON object with a step ({error}). Remedy: remove it.") from error
+        records.append(record)
+    return records
+
+
 def read_groups(folder: Path) -> list[list[dict[str, Any]]]:
     """The first groups of the first and of the last step in folder/samples.jsonl; none without sampled answers.
 
     Raises:
-        DataError: a line other than the last is no record.
+        DataError: see `read_log`.
     """
     path = folder / "samples.jsonl"
-    if not path.is_file():
-        return []
     steps: dict[int, list[list[dict[str, Any]]]] = {}
-    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
-        try:
-            record = json.loads(text)
-            step = int(record["step"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}, line {number}: is no record ({error!r}). Remedy: remove the line") from error
+    for record in read_log(path) if path.is_file() else ():
         if "rewards" not in record:  # other stages log greedy answers
             continue
-        groups = steps.setdefault(step, [])
+        groups = steps.setdefault(record["step"], [])
         if record["sample"] == 0:
             groups.append([])
         groups[-1].append(record)
-    chosen = dict.fromkeys([next(iter(steps)), next(reversed(steps))]) if steps else {}
+    chosen = list(steps)[:1] + list(steps)[1:][-1:]
     return [group for step in chosen for group in steps[step][:SAMPLED_GROUPS]]
 
 
-def _group_scores(scores: Mapping[str, Any], protocol: str) -> dict[str, Any]:
-    """The scores of a protocol side by side with the shares, those of single rows one level below."""
-    open_scores = {} if protocol == ROW_PROTOCOL else scores[protocol]
-    shares = {name: scores[name] for name in _SHARES}
-    return {"n": scores["n"], **open_scores, **shares, ROW_PROTOCOL: scores.get(ROW_PROTOCOL, {})}
-
-
-def _mix(seen: Mapping[str, Any], unseen: Mapping[str, Any]) -> dict[str, Any]:
-    """The mean of two splits, under each protocol that both were scored with."""
-    inner = (seen[ROW_PROTOCOL], unseen[ROW_PROTOCOL])
-    mixed: dict[str, Any] = mix_scores(seen, unseen) if "J" in seen and "J" in unseen else {}
-    return mixed | {ROW_PROTOCOL: mix_scores(*inner) if all("J" in scores for scores in inner) else {}}
-
-
 def _splits(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("*/metrics.json") if (path.parent / "predictions.jsonl").is_file()]
-
-
-def _short(folder: Path) -> str:
-    return folder.resolve().name.removeprefix("eval_")
+    """metrics.json of each split whose predictions lie beside it, in the order of the page."""
+    found = [path for path in sorted(folder.glob("*/metrics.json")) if (path.parent / "predictions.jsonl").is_file()]
+    return sorted(found, key=lambda path: (*SPLIT_ORDER, path.parent.name).index(path.parent.name))

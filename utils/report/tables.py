@@ -12,9 +12,10 @@ import cv2
 import numpy as np
 
 from utils.paper import SPLITS, STAGES, TABLE_1, TABLE_6, Published, stage_key
-from utils.report.breakdown import DRAWS, TIE, Change, Comparison, Dimension, Estimate
-from utils.report.runs import ROW_PROTOCOL, SPLIT_ORDER
+from utils.report.breakdown import DRAWS, SCORES, TIE, Comparison, Estimate, Group
+from utils.report.runs import SPLIT_ORDER
 from utils.results import decode_masks
+from utils.scoring import ROW_PROTOCOL
 from utils.tables import Cell, signed
 
 Block = Any
@@ -23,7 +24,6 @@ PROTOCOLS = {
     "official": "256 x 256, J at 0.4, F and S pooled over 4 expressions",
     ROW_PROTOCOL: "native size, J at 0.5, every expression on its own",
 }
-METRICS = ("J", "F", "J&F")
 MINI_TITLE = "Mini world (synthetic clips)"
 MINI_NOTE = "Mini world: synthetic clips. These numbers say nothing about Ref-AVS and do not compare with the paper's."
 AVSBENCH = {"avsbench_s4": "AVSBench S4", "avsbench_ms3": "AVSBench MS3"}
@@ -31,7 +31,7 @@ FOLDED = 8
 """A breakdown of more groups is folded."""
 MASK_HEIGHT = 36
 """Pixels of a frame's mask beside a sampled answer."""
-_NUMERIC = re.compile(r"[-+\d.,\[\]→ \u00a0]*")
+_NUMERIC = re.compile(r"(?:[-+±\d.,\[\]→ \u00a0]|to)*")
 
 
 @dataclass(frozen=True)
@@ -114,39 +114,41 @@ def _stage_table(stages: Mapping[str, Any], protocol: str, mini: bool) -> Table 
     # val is a column only where it was evaluated; null references have S alone
     tests = (["val"] if any(stage.get("val") for stage in stages.values()) else []) + list(SPLITS)
     of = {name: {s: _scores(stage, s, protocol) for s in (*tests, "test_n")} for name, stage in stages.items()}
-    stages = {name: stage for name, stage in stages.items() if any(of[name].values())}
-    if not stages:
-        return None
     rows: list[list[Cell]] = []
     marks = []
+    given = []
     for name, stage in stages.items():
-        cells = [of[name][split].get(m) for split in tests for m in METRICS]
+        if not any(of[name].values()):
+            continue
+        cells = [of[name][split].get(m) for split in tests for m in SCORES]
         counted = sum(stage[split]["n"] for split in SPLIT_ORDER if stage.get(split))
         shares = [stage.get("class_accuracy"), stage.get("faithful")]
         rows.append([name, *cells, of[name]["test_n"].get("S"), *shares, counted])
         marks.append("")
+        given += [name] if stage.get("answers") == "given" else []
         published = STAGES.get(stage_key(stage.get("trained", ""), stage.get("answer", "")))
         if published and protocol == "official" and not mini:
-            printed = [None] * (len(METRICS) * (len(tests) - len(SPLITS))) + _published(published)
+            printed = _published(published, tests)
             rows.append([f"paper: {published.method} ({published.group})", *printed, *[None] * 4])
             marks.append("paper")
-    given = [name for name, stage in stages.items() if stage.get("answers") == "given"]
+    if not rows:
+        return None
     words = [f"Protocol {protocol}: {PROTOCOLS[protocol]}. Percent; S: lower is better; mix: mean of seen and unseen; "
              "class accuracy and faithful: of the seen split, of val where that alone was evaluated."]  # fmt: skip
     words += [f"{', '.join(given)}: reads the true class instead of answering, as when it teaches."] if given else []
     words += [MINI_NOTE] if mini else []
-    groups = [("", 1), *((SPLITS.get(s, s), len(METRICS)) for s in tests), ("null", 1), ("", 3)]
     return Table(
         f"Scores of the stages{' on the mini world' if mini else ''}, protocol {protocol}",
-        ["stage", *METRICS * len(tests), "S", "class accuracy", "faithful", "rows"],
-        rows, marks, groups, note=" ".join(words),
+        ["stage", *SCORES * len(tests), "S", "class accuracy", "faithful", "rows"],
+        rows, marks, [("", 1), *((SPLITS.get(s, s), len(SCORES)) for s in tests), ("null", 1), ("", 3)],
+        note=" ".join(words),
     )  # fmt: skip
 
 
 def paper_table(stages: Mapping[str, Any]) -> list[Block]:
     """Table 1 of the paper with our stages on Ref-AVS below it; those on synthetic clips have no place there."""
     ours = {
-        name: [_scores(stage, split).get(m) for split in SPLITS for m in METRICS]
+        name: [_scores(stage, split).get(m) for split in SPLITS for m in SCORES]
         for name, stage in _select(stages, "refavs", mini=False).items()
     }
     rows = [[name, "this report", *cells] for name, cells in ours.items() if any(c is not None for c in cells)]
@@ -155,10 +157,10 @@ def paper_table(stages: Mapping[str, Any]) -> list[Block]:
     words = "Table 1 of the paper as printed (Mix J&F of CRAB and AURORA do not follow from their neighbours there). "
     return [Table(
         "Table 1 of the paper and this report",
-        ["method", "kind", *METRICS * len(SPLITS)],
+        ["method", "kind", *SCORES * len(SPLITS)],
         [*([line.method, line.group, *_published(line)] for line in TABLE_1), *rows],
         [""] * len(TABLE_1) + ["ours"] * len(rows),
-        [("", 2), *((title, len(METRICS)) for title in SPLITS.values())],
+        [("", 2), *((title, len(SCORES)) for title in SPLITS.values())],
         note=words + "Our rows: protocol official, evaluated on Ref-AVS.",
     )]  # fmt: skip
 
@@ -179,7 +181,7 @@ def _avsbench_table(stages: Mapping[str, Any], benchmark: str, mini: bool) -> Ta
     for name, stage in stages.items():
         for split in (s for s in ("test", "val", "train") if stage.get(s)):
             own = _scores(stage, split) if "J" in stage[split] else {}
-            cells = [scores.get(m) for scores in (own, _scores(stage, split, ROW_PROTOCOL)) for m in METRICS]
+            cells = [scores.get(m) for scores in (own, _scores(stage, split, ROW_PROTOCOL)) for m in SCORES]
             rows.append([name, "this report", split, *cells, stage[split].get("class_accuracy"), stage[split]["n"]])
     protocol = benchmark.removeprefix("avsbench_")
     title = AVSBENCH[benchmark] + (", synthetic clips" if mini else "")
@@ -188,14 +190,14 @@ def _avsbench_table(stages: Mapping[str, Any], benchmark: str, mini: bool) -> Ta
     words += " Synthetic clips: these numbers say nothing about AVSBench." if mini else ""
     return Table(
         f"Scores on {title}",
-        ["method", "kind", "split", *METRICS * 2, "class accuracy", "rows"],
+        ["method", "kind", "split", *SCORES * 2, "class accuracy", "rows"],
         rows, [""] * len(published) + ["ours"] * (len(rows) - len(published)),
-        [("", 3), (f"protocol {protocol}", len(METRICS)), (ROW_PROTOCOL, len(METRICS)), ("", 2)],
+        [("", 3), (f"protocol {protocol}", len(SCORES)), (ROW_PROTOCOL, len(SCORES)), ("", 2)],
         title=title, note=words,
     )  # fmt: skip
 
 
-def breakdown_tables(evaluations: Mapping[str, Sequence[Dimension]]) -> list[Block]:
+def breakdown_tables(evaluations: Mapping[str, Mapping[str, Mapping[str, Group]]]) -> list[Block]:
     """One table per dimension; in each group the evaluations follow each other, so that their bars compare.
 
     Args:
@@ -206,25 +208,25 @@ def breakdown_tables(evaluations: Mapping[str, Sequence[Dimension]]) -> list[Blo
         "about one clip are not independent. Bar and interval: the last score, 0 to 100. Class: share of the answers "
         "that name the right one."
     )
-    titles = dict.fromkeys(d.title for dimensions in evaluations.values() for d in dimensions)
+    titles = dict.fromkeys(title for dimensions in evaluations.values() for title in dimensions)
     found = [
-        _dimension_table(title, {name: d for name, ds in evaluations.items() for d in ds if d.title == title})
+        _dimension_table(title, {name: of[title] for name, of in evaluations.items() if title in of})
         for title in titles
     ]
     return _after_note(words, found)
 
 
-def _dimension_table(title: str, found: Mapping[str, Dimension]) -> Table:
-    names = dict.fromkeys(group.name for d in found.values() for group in d.groups)
-    metrics = dict.fromkeys(m for d in found.values() for group in d.groups for m in group.scores)
+def _dimension_table(title: str, found: Mapping[str, Mapping[str, Group]]) -> Table:
+    names = dict.fromkeys(name for groups in found.values() for name in groups)
+    metrics = dict.fromkeys(m for groups in found.values() for group in groups.values() for m in group.scores)
     rows, spans = [], []
     for group_name in names:
-        inside = [(name, g) for name, d in found.items() for g in d.groups if g.name == group_name]
-        for k, (name, group) in enumerate(inside):
+        inside = [(name, groups[group_name]) for name, groups in found.items() if group_name in groups]
+        spans += [len(inside), *[0] * (len(inside) - 1)]
+        for name, group in inside:
             last = group.scores[next(reversed(metrics))]
-            means = [f"{group.scores[m].mean:.1f}" for m in metrics]
+            means = [_one(group.scores[m].mean) for m in metrics]
             rows.append([group_name, name, last.rows, *means, _interval(last), _bar(last), _one(group.class_accuracy)])
-            spans.append(0 if k else len(inside))
     header = [title.lower(), "evaluation", "rows", *metrics, "95 % interval", "\u00a0", "class"]
     folded = f"{len(names)} groups" if len(names) > FOLDED else ""
     return Table(f"Scores by {title.lower()}", header, rows, spans=spans, title=title, folded=folded)
@@ -264,11 +266,11 @@ def comparison_blocks(comparisons: Sequence[Comparison]) -> list[Block]:
 
 
 def _comparison(c: Comparison, opened: bool) -> Block:
-    whole, title = c.groups[0], f"{c.after} against {c.before}"
+    whole, title = c.groups["all rows"], f"{c.after} against {c.before}"
     groups = [
-        [g.name, g.change.rows, _one(g.before), _one(g.after), signed(g.change.mean, 1), _interval(g.change, True),
+        [name, g.change.rows, _one(g.before), _one(g.after), signed(g.change.mean, 1), _interval(g.change, True),
          g.wins, g.losses]
-        for g in c.groups
+        for name, g in c.groups.items()
     ]  # fmt: skip
     header = ["rows of", "rows", c.before, c.after, "change of J&F", "95 % interval", "wins", "losses"]
     words = (
@@ -277,7 +279,12 @@ def _comparison(c: Comparison, opened: bool) -> Block:
     )
     tables = [Table(f"{title}, by group", header, groups, note=words)]
     for name, changes in (("Largest gains", c.gains), ("Largest losses", c.losses)):
-        rows = [_change_row(c, change) for change in changes]
+        rows = [
+            [{"kind": "row", "row": new.row, "run": c.after, "beside": c.before}, new.reference, new.kind,
+             new.class_name, f"{old.answer_class or 'none'} → {new.answer_class or 'none'}",
+             f"{old.jf:.1f} → {new.jf:.1f}", signed(change.points, 1)]
+            for change in changes for old, new in [(change.before, change.after)]
+        ]  # fmt: skip
         header = ["row", "reference", "kind", "target", "answers", "J&F", "change"]
         tables += [Table(f"{name}, {title}", header, rows, title=name)] if rows else []
     return {
@@ -285,14 +292,6 @@ def _comparison(c: Comparison, opened: bool) -> Block:
         "losses": whole.losses, "ties": whole.change.rows - whole.wins - whole.losses,
         "change": f"{signed(whole.change.mean, 1)} {_interval(whole.change, True) or ''}".strip(),
     }  # fmt: skip
-
-
-def _change_row(comparison: Comparison, change: Change) -> list[Any]:
-    before, after = change.before, change.after
-    link = {"kind": "row", "row": after.row, "run": comparison.after, "beside": comparison.before}
-    answers = f"{before.answer_class or 'none'} → {after.answer_class or 'none'}"
-    scores = f"{before.jf:.1f} → {after.jf:.1f}"
-    return [link, after.reference, after.kind, after.class_name, answers, scores, signed(change.points, 1)]
 
 
 def failure_table(lines: Sequence[Mapping[str, str]]) -> list[Block]:
@@ -350,8 +349,8 @@ def _mask_strip(encoded: Sequence[dict[str, Any]]) -> str:
     masks = decode_masks(encoded)
     width = max(1, round(MASK_HEIGHT * masks.shape[2] / masks.shape[1]))
     frames = [cv2.resize(m.astype(np.uint8) * 255, (width, MASK_HEIGHT), interpolation=cv2.INTER_AREA) for m in masks]
-    edged = [cv2.copyMakeBorder(f, 0, 0, 0, 2, cv2.BORDER_CONSTANT, value=128) for f in frames]
-    picture = cv2.imencode(".png", np.concatenate(edged, axis=1))[1].tobytes()
+    edged = [np.pad(frame, ((0, 0), (0, 2)), constant_values=128) for frame in frames]
+    picture = cv2.imencode(".png", np.hstack(edged))[1].tobytes()
     return f"data:image/png;base64,{base64.b64encode(picture).decode()}"
 
 
@@ -382,9 +381,8 @@ def _one(value: float | None) -> str | None:
     return None if value is None else f"{value:.1f}"
 
 
-def _published(line: Published) -> list[Cell]:
-    nothing = (None,) * len(METRICS)
-    return [_one(value) for split in SPLITS for value in line.scores.get(split, nothing)]
+def _published(line: Published, splits: Sequence[str] = tuple(SPLITS)) -> list[Cell]:
+    return [_one(value) for split in splits for value in line.scores.get(split, (None,) * len(SCORES))]
 
 
 def _select(stages: Mapping[str, Any], benchmark: str, mini: bool) -> dict[str, Any]:
@@ -397,4 +395,4 @@ def _scores(stage: Mapping[str, Any], split: str, protocol: str = "official") ->
     """J, F, J&F or S of a split: official ones (AVSBench: its own) lie beside n, the others one level below."""
     found = stage.get(split) or {}
     found = found if protocol == "official" else found.get(protocol, {})
-    return {name: found[name] for name in (*METRICS, "S") if name in found}
+    return {name: found[name] for name in (*SCORES, "S") if name in found}

@@ -1,4 +1,4 @@
-"""The data doctor: a sound world passes, every planted fault is found by name, a table of the real size is quick."""
+"""scripts/check_data.py: a sound world passes, planted faults are found by name, a table of the real size is quick."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from dataset.doctor import KINDS, check_table
 from scripts import check_data
+from scripts.check_data import KINDS, check_table
 from tests.data_builders import ROWS, write_lines, write_metadata, write_world
 
 CLIP, NULL = "-a_b_0_10000", "null_m--a_b_0_10000"

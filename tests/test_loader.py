@@ -1,4 +1,4 @@
-"""The order of samples: every one once an epoch over the ranks, mixtures, resuming, evaluation shards."""
+"""The order of samples: every one once an epoch over the ranks, mixtures, resuming."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import islice
 
 import pytest
 
-from dataset.mixture import MixtureSampler, mixture_members, shard
+from dataset.loader import MixtureSampler, mixture_members
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -42,9 +42,6 @@ def test_mixture_by_counts() -> None:
         MixtureSampler([3, 4], seed=0, counts=[None, 9])
     with pytest.raises(ValueError, match="holds no sample"):
         MixtureSampler([0], seed=0)
-    with pytest.raises(ValueError, match="rank = 2"):
-        MixtureSampler([3], seed=0, rank=2, world=2)
-
-
-def test_evaluation_shards_cover_all_without_padding() -> None:
-    assert sorted(shard(7, 0, 2) + shard(7, 1, 2)) == list(range(7)) and len(shard(7, 1, 2)) == 3
+    for options in ({"rank": 2, "world": 2}, {"consumed": -1}):
+        with pytest.raises(ValueError, match=r"rank = \d, world = \d, consumed = -?\d: a rank is"):
+            MixtureSampler([3], seed=0, **options)

@@ -1,6 +1,0 @@
-#!/usr/bin/env bash
-# Stage grpo on 2 GPUs (GPUS=1 for another number). Arguments are overrides: `bash scripts/grpo.sh optim.lr=2e-5`.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-source scripts/setup.sh
-deepspeed --num_gpus="${GPUS:-2}" train_ds.py --config configs/grpo.yaml "$@"
