@@ -411,7 +411,8 @@ def test_every_stage_trains_from_files(folder: Path, tmp_path: Path) -> None:
         "sft": [f"sft.teacher_checkpoint={runs['teacher']}/final", "trainable.mask_decoder=false", "loss.distill=1.0",
                 "data.answer=reasoning", f"data.cot=['{tmp_path}/t/cot.jsonl']"],
         "grpo": [f"init_from={runs['sft']}/final", "loss.ce=0.0", "data.answer=plain", "grpo.group_size=2",
-                 "grpo.max_new_tokens=6"],
+                 "grpo.max_new_tokens=6", "grpo.reward_module=tests.omni_case:text_reward",
+                 "grpo.reward_weights={text_reward: 1.0}"],
     }  # fmt: skip
     for stage, changes in stages.items():
         done = train(config, f"stage={stage}", f"output_dir={runs[stage]}", *changes)
