@@ -418,6 +418,4 @@ def test_every_stage_trains_from_files(folder: Path, tmp_path: Path) -> None:
         done = train(config, f"stage={stage}", f"output_dir={runs[stage]}", *changes)
         assert done.returncode == 0, done.stderr
         rows = metrics(runs[stage])
-        norms = [row["grad_norm"] for row in rows]
-        # Answers of a random model may all earn the same, nothing, and then teach nothing.
-        assert len(norms) == 2 and np.isfinite(norms).all() and (stage == "grpo" or min(norms) > 0)
+        assert len(rows) == 2 and all(np.isfinite(row["grad_norm"]) and row["grad_norm"] > 0 for row in rows)
