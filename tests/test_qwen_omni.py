@@ -20,6 +20,7 @@ from transformers import (
     Qwen2_5OmniThinkerForConditionalGeneration,
     Qwen2VLVideoProcessor,
     WhisperFeatureExtractor,
+    processing_utils,
 )
 
 from configs.schema import TrainableConfig
@@ -169,11 +170,15 @@ def full_forward(folder: Path, frames: Tensor, wave: np.ndarray, text: str) -> t
     """(token ids, logits [S,V]) of transformers' processor and thinker for one clip."""
     processor = Qwen2_5OmniProcessor.from_pretrained(str(folder), local_files_only=True)
     pixels = frames.shape[2] * frames.shape[3]
+    video = {"fps": 1.0, "size": {"shortest_edge": pixels, "longest_edge": pixels}, "do_sample_frames": False,
+             "cap_pixels_per_frame": False}  # fmt: skip
+    if hasattr(processing_utils, "OmniModalProcessingKwargs"):
+        sound = {"load_audio_from_video": True, "audio_from_video_indices": [0]}
+    else:  # transformers 5.20 has another name for it
+        sound, video["use_audio_in_video"] = {}, True
     inputs = processor(
-        text=[text], videos=[frames], audio=[wave], load_audio_from_video=True, audio_from_video_indices=[0],
-        return_tensors="pt", audio_kwargs={"sampling_rate": 16_000},
-        videos_kwargs={"fps": 1.0, "size": {"shortest_edge": pixels, "longest_edge": pixels}, "do_sample_frames": False,
-                       "cap_pixels_per_frame": False},
+        text=[text], videos=[frames], audio=[wave], return_tensors="pt", audio_kwargs={"sampling_rate": 16_000},
+        videos_kwargs=video, **sound,
     )  # fmt: skip
     thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(str(folder), local_files_only=True).eval()
     with torch.no_grad():
