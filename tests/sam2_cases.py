@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import Sam2VideoConfig, Sam2VideoModel
 
 from configs.schema import ModelConfig
@@ -89,3 +92,38 @@ def clips() -> Batch:
         frames[clip, :, :, 12:44, 10 + 10 * clip : 32 + 10 * clip] = 2.0
     samples = [replace(s, sam_pixels=x, sam_size=(SIDE, SIDE)) for s, x in zip(batch.samples, frames, strict=True)]
     return replace(batch, samples=samples, sam_pixels=frames)
+
+
+def saved_by_a_frame(memory: str, trained: bool) -> float:
+    """Maps of 256 channels that a frame of the released large model saves for backward, on the meta device and without
+    attention matrices (fused kernels keep none)."""
+    half = torch.bfloat16
+    with torch.device("meta"):
+        segmenter = build_sam2(settings(Path("nowhere"), 512, sam_memory=memory), weights=False).to(half)
+        segmenter.requires_grad_(False).sam.mask_decoder.requires_grad_(trained)
+        track = segmenter.track(torch.zeros(1, 256, dtype=half, requires_grad=True), 10)
+        cells, track.seen = segmenter.grid**2, 9
+        if memory != "none":
+            track.memories = {t: torch.zeros(cells, 1, 64, dtype=half).requires_grad_() for t in (0, *range(3, 9))}
+            track.pointers = {t: torch.zeros(1, 256, dtype=half).requires_grad_() for t in range(9)}
+        images, row = torch.zeros(1, segmenter.feature_size, dtype=half), torch.zeros(1, dtype=torch.long)
+    known = {StorageWeakRef(x.untyped_storage()) for x in (*segmenter.parameters(), images)}
+    saved: dict[StorageWeakRef, int] = {}
+    alive: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        is_scores = x.dim() >= 3 and x.shape[-2] == cells and x.shape[-1] in (cells, 7 * cells + 36)
+        storage = StorageWeakRef(x.untyped_storage())
+        if storage not in known and not is_scores:
+            saved[storage] = x.untyped_storage().nbytes()
+            alive.append(x)
+        return x
+
+    with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        patch.setattr("model.segmenters.sam2.checkpoint", lambda run, *inputs, **_: run(*inputs))
+        segmenter.step(track, images, row)
+    return sum(saved.values()) / half.itemsize / (256 * cells)
+
+
+if __name__ == "__main__":
+    print(json.dumps([(m, t, saved_by_a_frame(m, t)) for m in ("none", "every") for t in (False, True)]))
