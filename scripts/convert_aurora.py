@@ -42,7 +42,7 @@ from configs.rules import VOCABULARY  # noqa: E402
 from configs.schema import TrainableConfig  # noqa: E402
 from dataset.prompt import load_tokenizer  # noqa: E402
 from model.aurora.build import build_meta_model  # noqa: E402
-from model.aurora.trainable import MASK_DECODER, NO_GRADIENT, SEG_HEAD  # noqa: E402
+from model.aurora.trainable import MASK_DECODER, SEG_HEAD  # noqa: E402
 from model.aurora.trained import SEGMENTER, Trained, below_adapters, check_fit, write_trained  # noqa: E402
 from model.backbones.videollama2.weights import Checkpoint, from_released, to_released  # noqa: E402
 from model.segmenters.sam import read_sam  # noqa: E402
@@ -58,6 +58,8 @@ MATRICES = tuple(BACKBONE + name for name in VOCABULARY)
 PARTS = (("model.visual_model.", SEGMENTER), ("model.text_hidden_fcs.", SEG_HEAD))
 IGNORED = re.compile(r".*(rotary_emb\.inv_freq|embeddings\.position_ids)$|segmenter\.sam\.pixel_(mean|std)$")
 """Constants that are computed here."""
+NO_GRADIENT = ("segmenter.sam.image_encoder.", "segmenter.sam.prompt_encoder.")
+"""SAM's parts that every forward runs without gradient."""
 TARGETS = tuple(rf"{part}\..*\.(q_proj|v_proj)$" for part in ("language_model", "audio_tower", "mask_decoder"))
 ROUNDING = 2.0**-7
 """Relative difference of two bf16 roundings of one number."""

@@ -36,8 +36,6 @@ MASK_DECODER = "segmenter.sam.mask_decoder."
 SEG_HEAD = "text_hidden_fcs."
 QUERIES = "prompter.queries."
 """Learnable tokens (`model.aurora.ablations`)."""
-NO_GRADIENT = ("segmenter.sam.image_encoder.", "segmenter.sam.prompt_encoder.")
-"""SAM's parts that every forward runs without gradient."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 
@@ -58,6 +59,21 @@ class Segmenter(nn.Module, ABC):
         Raises:
             ValueError: the prompts have another number or width.
         """
+
+    def check_frames(self, sam_pixels: Tensor) -> None:
+        """Raises ValueError where the pixels are no [B,T,3,Z,Z]."""
+        if sam_pixels.dim() != 5 or sam_pixels.shape[-2:] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"sam_pixels has shape {tuple(sam_pixels.shape)}; this segmenter reads [B, T, 3, {self.image_size}, "
+                f"{self.image_size}]: preprocess with the image size that model.sam_image_size gives"
+            )
+
+    def clips_of(self, prompts: Tensor, clip_of_query: Tensor | None, clips: int) -> Tensor:
+        """int64 [Q]: the clip of each prompt [Q,C]. Raises ValueError: another number or width of prompts."""
+        found = torch.arange(clips, device=prompts.device) if clip_of_query is None else clip_of_query
+        if prompts.shape != (len(found), self.prompt_width):
+            raise ValueError(f"prompts has shape {tuple(prompts.shape)}, expected {(len(found), self.prompt_width)}")
+        return found
 
     @abstractmethod
     def upscale(self, logits: Tensor, sam_size: tuple[int, int], out_size: tuple[int, int]) -> Tensor:

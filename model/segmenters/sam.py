@@ -133,11 +133,7 @@ class SamSegmenter(Segmenter):
         Raises:
             ValueError: the frames are not squares of `image_size` pixels.
         """
-        if sam_pixels.dim() != 5 or sam_pixels.shape[-2:] != (self.image_size, self.image_size):
-            raise ValueError(
-                f"sam_pixels has shape {tuple(sam_pixels.shape)}; this SAM reads [B, T, 3, {self.image_size}, "
-                f"{self.image_size}]: preprocess with the image size that model.sam_image_size gives"
-            )
+        self.check_frames(sam_pixels)
         frames = sam_pixels.flatten(0, 1).to(self.dtype)
         chunks = [self.sam.image_encoder(chunk) for chunk in frames.split(self.frames_per_chunk)]
         return torch.cat(chunks).unflatten(0, sam_pixels.shape[:2])
@@ -155,9 +151,7 @@ class SamSegmenter(Segmenter):
         `sam.mask_decoder(frame, dense_pe, prompt, no_mask, multimask_output=False)` for one frame after another
         (paper section 3.1: the [SEG] feature is the visual prompt; released code LISA_sft_distill.py:353-375).
         """
-        clips = torch.arange(len(image_embeddings), device=prompts.device) if clip_of_query is None else clip_of_query
-        if prompts.shape != (len(clips), self.prompt_width):
-            raise ValueError(f"prompts has shape {tuple(prompts.shape)}, expected {(len(clips), self.prompt_width)}")
+        clips = self.clips_of(prompts, clip_of_query, len(image_embeddings))
         chosen = image_embeddings[clips] if frame_index is None else image_embeddings[clips[:, None], frame_index]
         queries, frames = chosen.shape[:2]
         decoder = self.sam.mask_decoder

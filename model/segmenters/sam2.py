@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import Sam2VideoConfig, Sam2VideoModel
-from transformers.models.sam2_video.modeling_sam2_video import get_1d_sine_pe
 
 from configs.schema import ModelConfig
 from model.segmenters.base import Segmenter
@@ -160,11 +159,7 @@ class Sam2Segmenter(Segmenter):
         Raises:
             ValueError: the frames are not squares of `image_size` pixels.
         """
-        if sam_pixels.dim() != 5 or sam_pixels.shape[-2:] != (self.image_size, self.image_size):
-            raise ValueError(
-                f"sam_pixels has shape {tuple(sam_pixels.shape)}; this SAM 2 reads [B, T, 3, {self.image_size}, "
-                f"{self.image_size}]: preprocess with the image size that model.sam_image_size gives"
-            )
+        self.check_frames(sam_pixels)
         found = []
         for chunk in sam_pixels.flatten(0, 1).to(self.dtype).split(self.frames_per_chunk):
             maps = self.sam.get_image_features(chunk, return_dict=True).fpn_hidden_states  # [h*w,F,c] each
@@ -182,9 +177,7 @@ class Sam2Segmenter(Segmenter):
 
         With memory, the k frames of `frame_index` are a clip of their own, in their order.
         """
-        clips = torch.arange(len(image_embeddings), device=prompts.device) if clip_of_query is None else clip_of_query
-        if prompts.shape != (len(clips), self.prompt_width):
-            raise ValueError(f"prompts has shape {tuple(prompts.shape)}, expected {(len(clips), self.prompt_width)}")
+        clips = self.clips_of(prompts, clip_of_query, len(image_embeddings))
         length = image_embeddings.shape[1]
         every = torch.arange(length, device=clips.device).expand(len(clips), -1)
         frames = every if frame_index is None else frame_index
@@ -323,7 +316,7 @@ class Sam2Segmenter(Segmenter):
         if not sam.config.enable_temporal_pos_encoding_for_object_pointers:
             return self.memory_pe.new_zeros(len(backs), self.memory_pe.shape[2], dtype=self.dtype)
         distance = torch.tensor(backs, device=self.memory_pe.device, dtype=torch.float32) / (span - 1)
-        code = get_1d_sine_pe(distance, dim=self.prompt_width).to(self.dtype)
+        code = time_code(distance, self.prompt_width).to(self.dtype)
         return sam.temporal_positional_encoding_projection_layer(code)
 
     def _remember(self, top: Tensor, logits: Tensor, absent: Tensor, hard: bool, prompted: bool) -> Tensor:
@@ -434,3 +427,10 @@ def _restore(module: nn.Module, exact: dict[str, Tensor]) -> None:
     for name, value in exact.items():
         if getattr(module, name).dtype != value.dtype:
             setattr(module, name, value.to(getattr(module, name).device))
+
+
+def time_code(distance: Tensor, width: int) -> Tensor:
+    """float32 [n] -> [n,width] sines, then cosines, of "Attention is all you need" (its section 3.5)."""
+    pairs = torch.arange(width // 2, device=distance.device) // 2
+    angles = distance[:, None] / 10_000.0 ** (4 * pairs / width)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
